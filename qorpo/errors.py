@@ -1,0 +1,25 @@
+"""What can go wrong that a person can mend, by kind. Each message names the place, the value and the remedy.
+
+The command line turns a QorpoError into one message and exit code 2; anything else is a fault of qorpo's own
+and exits with 1.
+"""
+
+
+class QorpoError(Exception):
+    """Something the user did or gave that can't work; the message says where, what, and what to do."""
+
+
+class RecipeError(QorpoError):
+    """A recipe that can't be read or does not hold together; lists every problem at once."""
+
+
+class DataError(QorpoError):
+    """Preference data that can't be read, or of which nothing usable is left."""
+
+
+class ModelError(QorpoError):
+    """A model or tokenizer folder that can't be loaded, or a model qorpo can't score exactly."""
+
+
+class RunError(QorpoError):
+    """A run folder in the way, a checkpoint that doesn't fit, a disk that is full."""
