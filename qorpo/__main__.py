@@ -1,0 +1,3 @@
+from qorpo.cli import main
+
+main()

@@ -1,0 +1,80 @@
+"""The `qorpo` command: each command calls the library, prints what it returns, and names its errors."""
+
+import logging
+import sys
+import warnings
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+from qorpo.errors import QorpoError
+
+app = typer.Typer(
+    help="Align a language model with ORPO on one GPU: LoRA adapters on a 4-bit base, trained on preference pairs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def commands() -> None:
+    """Makes `train` a command of its own even while it is the only one."""
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A recipe in YAML, such as configs/demo.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Changes to the recipe.")
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with the run in the recipe's output, from its last checkpoint."),
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Train adapters on preference pairs, and leave a folder that explains the run."""
+    from qorpo.training.progress import ConsoleProgress
+
+    console = Console(stderr=True)
+    _log_to(console)
+    # Imported here: torch and transformers take seconds that --help should not.
+    from qorpo.recipe import load_recipe
+    from qorpo.training.run import train as run
+
+    result = run(load_recipe(recipe, overrides or []), resume=resume, progress=ConsoleProgress(console))
+    typer.echo(f"adapter: {result.adapter}")
+    if result.best_step is not None:
+        typer.echo(f"best evaluation loss at step {result.best_step} of {result.steps}")
+    for name, value in sorted(result.metrics.items()):
+        typer.echo(f"{name}: {value:.4f}")
+
+
+def main() -> None:
+    """Run the command line: 2 for what the user can mend, 1 for a fault of qorpo's own, 130 when interrupted."""
+    try:
+        app()
+    except QorpoError as error:
+        if "--debug" in sys.argv:
+            raise
+        typer.echo(f"qorpo: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("qorpo: stopped; go on with --resume", err=True)
+        sys.exit(130)
+
+
+def _log_to(console: Console) -> None:
+    """qorpo's log lines to the console: above the bar on a terminal, unwrapped elsewhere."""
+    handler: logging.Handler = logging.StreamHandler(console.file)
+    if console.is_terminal:
+        handler = RichHandler(console=console, show_time=False, show_path=False, show_level=False)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    logging.getLogger("qorpo").setLevel(logging.INFO)
+    # Speaks at import of a kernel for inference that qorpo keeps out of training.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # transformers and PEFT warn their own callers of renamed attributes; none of it is for qorpo's user to mend.
+    warnings.filterwarnings("ignore", category=FutureWarning)

@@ -1,0 +1,288 @@
+"""Pairs turned into tokens, with an exact boundary between prompt and response.
+
+Prompt and response are tokenized apart, as they are when the model answers: it is given the prompt's tokens and
+writes the response's. So no token spans the boundary, and exactly one stop token ends a whole response.
+"""
+
+import copy
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from jinja2 import TemplateError
+
+from qorpo.data.records import Conversation, DataReport, Message, PairSet, PreferencePair, Unusable
+from qorpo.errors import DataError
+
+# Used where neither the recipe nor the tokenizer has a template. BOS_TEMPLATE goes in front of it for a tokenizer
+# that adds its BOS to plain text, for such a model has seen it at the start of every document.
+PLAIN_TEMPLATE = """\
+{%- for message in messages -%}
+{{ message['role'] | capitalize + ': ' + message['content'] }}
+{%- if message['role'] == 'assistant' %}{{ eos_token }}{% endif -%}
+{{ '\\n\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt %}{{ 'Assistant:' }}{% endif -%}"""
+BOS_TEMPLATE = "{{- bos_token -}}\n"
+
+PAIRS_PER_BATCH = 1024
+_PROBE = "qorpo0probe"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedPair:
+    """The token ids of a pair; a response that is not cut ends in the stop token, a cut one has none."""
+
+    prompt_ids: tuple[int, ...]
+    chosen_ids: tuple[int, ...]
+    rejected_ids: tuple[int, ...]
+    source: str
+    chosen_cut: bool = False
+    rejected_cut: bool = False
+
+
+class Tokenized(NamedTuple):
+    """Pairs ready to train on, and what became of the records they came from."""
+
+    pairs: list[TokenizedPair]
+    report: DataReport
+
+
+class Texts(NamedTuple):
+    """A pair as the template writes it; the responses without their stop token."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+
+
+class ChatFormat:
+    """How a tokenizer writes conversations: the template, and the one token that stops a response.
+
+    The template is the given Jinja text, else the tokenizer's own, else PLAIN_TEMPLATE; it is set on the tokenizer,
+    so that it is saved with it. The stop token is the one the template closes an assistant's turn with, if that is
+    a token of its own, else EOS. `tokenizer` is one of transformers'.
+
+    Raises DataError for a template that can't be used, or if there is no token to stop at.
+    """
+
+    def __init__(self, tokenizer: Any, chat_template: str | None = None):
+        if chat_template is None and not tokenizer.chat_template:
+            chat_template = (BOS_TEMPLATE if _adds_bos(tokenizer) else "") + PLAIN_TEMPLATE
+        if chat_template is not None:
+            tokenizer.chat_template = chat_template
+        self.tokenizer = tokenizer
+        # Each id a tokenizer gives is an object of 28 bytes; shared, a token costs its reference alone.
+        self._shared_ids: dict[int, int] = {}
+        before, self._after = self._probe()
+        self.stop_token_id, stop = self._find_stop()
+        # What stands between the answer and the stop is learned with the answer (Llama-2's template has a space).
+        self._until_stop = self._after.partition(stop)[0] if stop in self._after else ""
+        added = tokenizer.added_tokens_decoder.values()
+        special = {stop, *tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
+        self._special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))))
+        self._opens_with_special = self._special.search(before) is not None
+        self._anchor, self._anchor_ids = self._find_anchor()
+
+    def texts(self, pair: PreferencePair) -> Texts:
+        """What the template writes for a pair; a response is what follows the prompt, up to the stop token.
+
+        Raises Unusable:
+          template_refused   the template raises on this conversation (Gemma's on a system turn)
+          template_mismatch  with its answer, the conversation does not begin with the prompt's text, or the answer
+                             is not in it unchanged, but for surrounding whitespace
+          special_token_in_response  the answer spells a special token which can't be told from the template's own
+        """
+        try:
+            prompt = self._render(pair.prompt, add_generation_prompt=True)
+            chosen = self._response(pair.prompt, prompt, pair.chosen)
+            rejected = self._response(pair.prompt, prompt, pair.rejected)
+        except TemplateError:
+            raise Unusable("template_refused") from None
+        return Texts(prompt, chosen, rejected)
+
+    def encode(self, texts: Sequence[Texts]) -> Iterator[tuple[list[int], list[int], list[int]]]:
+        """The ids of prompt, chosen and rejected of each; the responses without their stop token.
+
+        The template is the authority on BOS: none is added. A special token that an answer spells out becomes plain
+        text, for as a token it would end the answer. A prompt is encoded as transformers does at inference.
+        """
+        prompts = self._ids([text.prompt for text in texts])
+        responses = [response for text in texts for response in (text.chosen, text.rejected)]
+        ids = self._continuations(responses)
+        if not self._opens_with_special:
+            for index, response in enumerate(responses):
+                if self._special.search(response):
+                    (ids[index],) = self._continuations([response], split_special_tokens=True)
+        return zip(prompts, ids[::2], ids[1::2], strict=True)
+
+    def _render(self, messages: Conversation, add_generation_prompt: bool = False) -> str:
+        return self.tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+
+    def _response(self, prompt: Conversation, prompt_text: str, answer: str) -> str:
+        whole = self._render((*prompt, {"role": "assistant", "content": answer}))
+        if not (whole.startswith(prompt_text) and whole.endswith(self._after)):
+            raise Unusable("template_mismatch")
+        response = whole[len(prompt_text) : len(whole) - len(self._after)]
+        answer = answer.strip()
+        if answer not in response:
+            raise Unusable("template_mismatch")
+        if self._opens_with_special and self._special.search(answer):
+            raise Unusable("special_token_in_response")
+        return response + self._until_stop
+
+    def _probe(self) -> tuple[str, str]:
+        """What the template writes before and after an answer."""
+        question: Message = {"role": "user", "content": "?"}
+        try:
+            prompt = self._render((question,), add_generation_prompt=True)
+            has_generation_prompt = prompt != self._render((question,))
+            whole = self._render((question, {"role": "assistant", "content": _PROBE}))
+        except (TemplateError, TypeError, ValueError) as error:
+            raise DataError(
+                f"the chat template can't write a question and its answer ({error}); {_MEND}"
+            ) from error
+        if not whole.startswith(prompt) or _PROBE not in whole:
+            raise DataError(
+                f"the chat template writes an answered question not as its prompt and the answer; {_MEND}"
+            )
+        before, _, after = whole[len(prompt) :].partition(_PROBE)
+        if before.strip() and not has_generation_prompt:
+            raise DataError(
+                f"the chat template has no generation prompt: {before!r} would be learned as a part of each answer; "
+                "let it write that after the messages if add_generation_prompt is set, or give another in "
+                "model.chat_template"
+            )
+        return before, after
+
+    def _find_stop(self) -> tuple[int, str]:
+        """The id and text of the added token that the template closes a response with, else of EOS."""
+        closing = self._after.strip()
+        added = {token.content: index for index, token in self.tokenizer.added_tokens_decoder.items()}
+        closers = [text for text in added if text.strip() and closing.startswith(text)]
+        if closers:
+            stop = max(closers, key=len)
+            return added[stop], stop
+        if self.tokenizer.eos_token_id is None:
+            raise DataError(
+                "the tokenizer has no EOS token, and the chat template closes an answer with none of its own; "
+                "set eos_token in tokenizer_config.json, or give a template in model.chat_template that closes an "
+                "answer with a token of the tokenizer"
+            )
+        return self.tokenizer.eos_token_id, self.tokenizer.eos_token
+
+    def _find_anchor(self) -> tuple[str, list[int]]:
+        """A text to put before a response, and its ids to take off again, for a tokenizer that would treat the
+        response's start as the start of a text: SentencePiece's (Llama-2, Mistral) put a space there, which after
+        a prompt is none of the response's.
+        """
+        alone = self._ids([_PROBE])[0]
+        for anchor in ("\n", ":"):
+            anchor_ids, anchored = self._ids([anchor, anchor + _PROBE])
+            if anchored[: len(anchor_ids)] == anchor_ids:
+                return ("", []) if anchored[len(anchor_ids) :] == alone else (anchor, anchor_ids)
+        return "", []
+
+    def _continuations(self, texts: list[str], **options: bool) -> list[list[int]]:
+        size = len(self._anchor_ids)
+        anchored = self._ids([self._anchor + text for text in texts], **options)
+        return [
+            # An anchor that merged with the response's first letters can't be taken off.
+            ids[size:] if ids[:size] == self._anchor_ids else self._ids([text], **options)[0]
+            for text, ids in zip(texts, anchored, strict=True)
+        ]
+
+    def _ids(self, texts: list[str], **options: bool) -> list[list[int]]:
+        if not texts:
+            return []
+        encoded = self.tokenizer(
+            texts,
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,  # a text over the model's length is cut or dropped later
+            **options,
+        )["input_ids"]
+        share = self._shared_ids.setdefault
+        return [list(map(share, ids, ids)) for ids in encoded]
+
+
+_MEND = "mend it, or give another in model.chat_template"
+
+
+def tokenize_pairs(
+    pairs: Sequence[PreferencePair], chat_format: ChatFormat, *, max_length: int, max_prompt_length: int
+) -> Tokenized:
+    """The pairs as tokens, and a PairSet's report carried on (in a copy), or a new one for other sequences.
+
+    A prompt over max_prompt_length tokens drops its pair (`prompt_too_long`); a response is cut so that prompt and
+    response have at most max_length tokens. Dropped as well: what ChatFormat.texts refuses, `empty` answers without
+    a token, `same` or `same_after_cut` answers of equal tokens, and `special_token_in_response`, an answer with the
+    stop token inside. Raises DataError if max_prompt_length is not below max_length, or no pair is left.
+    """
+    if not 0 < max_prompt_length < max_length:
+        raise DataError(
+            f"data.max_prompt_length ({max_prompt_length}) must be at least 1 and below data.max_length ({max_length})"
+        )
+    report = copy.deepcopy(pairs.report) if isinstance(pairs, PairSet) else DataReport()
+    report.kept = 0
+    kept: list[TokenizedPair] = []
+    for start in range(0, len(pairs), PAIRS_PER_BATCH):
+        written = []
+        for pair in pairs[start : start + PAIRS_PER_BATCH]:
+            try:
+                written.append((pair, chat_format.texts(pair)))
+            except Unusable as refusal:
+                report.drop(refusal.reason, pair.source)
+        encoded = chat_format.encode([texts for _, texts in written])
+        for (pair, _), ids in zip(written, encoded, strict=True):
+            try:
+                kept.append(_fit(pair.source, ids, chat_format.stop_token_id, max_length, max_prompt_length))
+            except Unusable as refusal:
+                report.drop(refusal.reason, pair.source)
+    report.kept = len(kept)
+    if not kept:
+        raise DataError(
+            f"0 usable pairs left as tokens: {report.summary()}; "
+            "look at data.max_prompt_length, data.max_length and model.chat_template"
+        )
+    report.cut = {"chosen": sum(p.chosen_cut for p in kept), "rejected": sum(p.rejected_cut for p in kept)}
+    report.tokens = {
+        "prompt": _totals([len(p.prompt_ids) for p in kept]),
+        "chosen": _totals([len(p.chosen_ids) for p in kept]),
+        "rejected": _totals([len(p.rejected_ids) for p in kept]),
+    }
+    return Tokenized(kept, report)
+
+
+def _fit(
+    source: str, ids: Sequence[list[int]], stop: int, max_length: int, max_prompt_length: int
+) -> TokenizedPair:
+    """The pair cut to its lengths; raises Unusable."""
+    prompt, *responses = ids
+    if len(prompt) > max_prompt_length:
+        raise Unusable("prompt_too_long")
+    if not prompt:  # nothing would predict the response's first token
+        raise Unusable("empty_prompt")
+    if not all(responses):
+        raise Unusable("empty")
+    if any(stop in response for response in responses):
+        raise Unusable("special_token_in_response")
+    room = max_length - len(prompt)
+    chosen_cut, rejected_cut = (len(response) + 1 > room for response in responses)
+    chosen, rejected = (tuple([*response, stop][:room]) for response in responses)
+    if chosen == rejected:
+        raise Unusable("same_after_cut" if chosen_cut or rejected_cut else "same")
+    return TokenizedPair(tuple(prompt), chosen, rejected, source, chosen_cut, rejected_cut)
+
+
+def _totals(lengths: list[int]) -> dict[str, float]:
+    return {"total": sum(lengths), "mean": round(sum(lengths) / len(lengths), 1), "max": max(lengths)}
+
+
+def _adds_bos(tokenizer: Any) -> bool:
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer(_PROBE)["input_ids"][:1] == [bos]

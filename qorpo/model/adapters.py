@@ -1,0 +1,134 @@
+"""LoRA adapters by PEFT: attached, found again, and computed in the base's own precision."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from qorpo.errors import ModelError
+
+
+def attach_lora(
+    model: nn.Module,
+    *,
+    rank: int = 16,
+    alpha: float = 32,
+    dropout: float = 0.0,
+    targets: str | Sequence[str] = "all-linear",
+    modules_to_save: Sequence[str] = (),
+) -> nn.Module:
+    """Freeze `model` and put LoRA on `targets`; whole copies of `modules_to_save` train beside it.
+
+    What trains is kept in float32 (a bfloat16 weight would lose small updates), and is cast to the activations' type
+    where it is used, so that no float32 copy of an activation is made.
+
+    Raises:
+        ModelError: where a target is not in the model, or is the output head, which trains only as a module to save.
+    """
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        modules_to_save=list(modules_to_save) or None,
+    )
+    names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+    wanted = {*modules_to_save, *([] if isinstance(targets, str) else targets)}
+    if missing := sorted(name for name in wanted if name.rsplit(".", 1)[-1] not in names):
+        raise ModelError(
+            f"lora: this model has no module named {', '.join(missing)}; it has {', '.join(sorted(names - {''}))}"
+        )
+    try:
+        peft_model = get_peft_model(model, config)
+    except ValueError as error:
+        raise ModelError(f"lora.targets: {error}") from error
+    if isinstance(peft_model.get_output_embeddings(), LoraLayer):
+        raise ModelError(
+            "lora.targets: the output head can't carry LoRA; name it in lora.modules_to_save to train it whole"
+        )
+    for module in peft_model.modules():
+        if isinstance(module, LoraLayer):
+            _keep_input_type(module)
+        elif isinstance(module, ModulesToSaveWrapper):
+            _train_in_float32(module)
+    return peft_model
+
+
+def output_head(model: nn.Module) -> nn.Module:
+    """The module whose weight (V, H) makes logits: the trained copy where there is one."""
+    head = model.get_output_embeddings()
+    if isinstance(head, ModulesToSaveWrapper):
+        return head.modules_to_save[head.active_adapter]
+    if head is None:
+        raise ModelError(f"{type(model).__name__} has no output head; qorpo trains causal language models")
+    return head
+
+
+class _CastLinear(nn.Linear):
+    """A float32 weight that computes in its input's type."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return F.linear(input, self.weight.to(input.dtype), bias)
+
+
+class _CastEmbedding(nn.Embedding):
+    """A float32 weight whose rows come out in the type that the model computes in."""
+
+    compute_dtype: torch.dtype
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input).to(self.compute_dtype)
+
+
+def _keep_input_type(layer: LoraLayer) -> None:
+    """PEFT would cast every layer's input to the adapter's float32: rank × width is the cheaper side to cast."""
+    linears = [*layer.lora_A.values(), *layer.lora_B.values()]
+    if linears and all(type(linear) is nn.Linear for linear in linears):
+        layer.cast_input_dtype_enabled = False
+        for linear in linears:
+            linear.__class__ = _CastLinear
+
+
+def _train_in_float32(wrapper: Any) -> None:
+    for module in wrapper.modules_to_save.values():
+        dtype = getattr(getattr(module, "weight", None), "dtype", torch.float32)
+        if dtype not in (torch.bfloat16, torch.float16):
+            continue
+        if type(module) is nn.Linear:
+            module.__class__ = _CastLinear
+        elif isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward:
+            module.__class__ = _CastEmbedding
+            module.compute_dtype = dtype
+        else:
+            continue
+        module.float()
+
+
+def checkpoint_layers(model: nn.Module) -> int:
+    """Recompute each decoder layer in backward instead of keeping its activations; returns how many layers.
+
+    The layer's own forward is wrapped, the same in every version of transformers, so that module names, state dicts
+    and hooks (which stay outside, as FSDP wants them) are untouched. Non-reentrant: inputs need no gradient.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for layer in layers:
+        layer.forward = _recomputed(layer.forward)
+    return len(layers)
+
+
+def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    return run

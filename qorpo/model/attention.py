@@ -1,0 +1,281 @@
+"""Attention over packed pairs in which chosen and rejected share their prompt.
+
+Legend: T tokens of the row, N = 2P sequences, K gathered keys, D head size.
+
+Token j attends to i ≤ j where i is in its pair's prompt or in its own response. As variable-length attention this is
+two sequences a pair: [prompt, chosen] over its own keys, and rejected's queries over the keys [prompt, rejected],
+causal and aligned at the end. Queries keep the row's order; keys and values are gathered, and autograd sums the
+prompt's gradient. Within a sequence, index and position are one, so a sliding window is counted in keys.
+
+`packed_attention` is registered with transformers under `PACKED`; the layout reaches it as the keyword
+`packed_layout` of the model's forward. The dense twin is `dense_mask`.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import accumulate
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from qorpo.data.pack import PackedPairs, PairLengths
+from qorpo.errors import ModelError
+
+PACKED = "qorpo_packed"
+
+Kernel = Literal["flash", "varlen", "sdpa"]
+
+
+@dataclass(slots=True)
+class PackedLayout:
+    """Who attends to whom in one row, worked out once a micro-batch and handed to every layer."""
+
+    kernel: Kernel
+    lengths: tuple[PairLengths, ...]
+    key_index: torch.Tensor  # (K,) int64: places in the row of each sequence's keys, sequence after sequence
+    query_ends: torch.Tensor  # (N + 1,) int32: cumulative query lengths
+    key_ends: torch.Tensor  # (N + 1,) int32: cumulative key lengths
+    max_queries: int
+    max_keys: int
+    windows: list[int | None] = field(
+        default_factory=list
+    )  # a call of the attention function each: its window
+    masks: dict[tuple[int, int, int | None], torch.Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, packed: PackedPairs, kernel: Kernel) -> "PackedLayout":
+        device = packed.input_ids.device
+        query_lengths: list[int] = []
+        key_lengths: list[int] = []
+        keys: list[int] = []
+        start = 0
+        for prompt, chosen, rejected in packed.lengths:
+            query_lengths += [prompt + chosen, rejected]
+            key_lengths += [prompt + chosen, prompt + rejected]
+            chosen_end = start + prompt + chosen
+            keys += [
+                *range(start, chosen_end),
+                *range(start, start + prompt),
+                *range(chosen_end, chosen_end + rejected),
+            ]
+            start = chosen_end + rejected
+
+        def ends(lengths: list[int]) -> torch.Tensor:
+            return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
+
+        return cls(
+            kernel=kernel,
+            lengths=packed.lengths,
+            key_index=torch.tensor(keys).to(device, non_blocking=True),
+            query_ends=ends(query_lengths),
+            key_ends=ends(key_lengths),
+            max_queries=max(query_lengths),
+            max_keys=max(key_lengths),
+        )
+
+    def lower_right_mask(self, queries: int, keys: int, window: int | None) -> torch.Tensor:
+        """(queries, keys) bool, True where attended: causal, aligned at the end, at most `window` keys back."""
+        mask = self.masks.get((queries, keys, window))
+        if mask is None:
+            place = torch.arange(keys, device=self.key_index.device)
+            behind = place[keys - queries :, None] - place
+            mask = (behind >= 0) & (behind < (window or keys))
+            self.masks[queries, keys, window] = mask
+        return mask
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    packed_layout: PackedLayout | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention function for a packed row.
+
+    Args:
+        query: (1, heads, T, D); key and value (1, key heads, T, D), where key heads divides heads.
+        attention_mask: None; the layout says it all.
+
+    Returns:
+        (1, T, heads, D) and no attention weights.
+
+    Raises:
+        ModelError: where a layer asks for something that would silently be left out.
+    """
+    if packed_layout is None:
+        raise ModelError("a layer did not get the packed layout; set model.attention: dense or unshared")
+    if attention_mask is not None or kwargs.get("s_aux") is not None:
+        raise ModelError(
+            "a layer uses an attention mask or sinks of its own; set model.attention: dense or unshared"
+        )
+    packed_layout.windows.append(sliding_window)
+    attend = {"flash": _flash, "varlen": _varlen, "sdpa": _sequence_at_a_time}[packed_layout.kernel]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return attend(packed_layout, query, key, value, scale, dropout, sliding_window, softcap), None
+
+
+def _sequence_at_a_time(layout, query, key, value, scale, dropout, window, softcap) -> torch.Tensor:
+    """The plain path, for every device and type: one call of scaled_dot_product_attention a sequence."""
+    parts = [length for lengths in layout.lengths for length in lengths]
+    # Split, not sliced: its backward is one concatenation instead of a zero-filled row for every slice.
+    queries, keys, values = (tensor.split(parts, dim=2) for tensor in (query, key, value))
+    outputs = []
+    for first in range(0, len(parts), 3):
+        prompt, chosen, rejected = first, first + 1, first + 2
+        for query_parts, key_parts in (
+            ([prompt, chosen], [prompt, chosen]),
+            ([rejected], [prompt, rejected]),
+        ):
+            outputs.append(
+                _attend_once(
+                    layout,
+                    torch.cat([queries[part] for part in query_parts], dim=2),
+                    torch.cat([keys[part] for part in key_parts], dim=2),
+                    torch.cat([values[part] for part in key_parts], dim=2),
+                    scale, dropout, window, softcap,
+                )
+            )  # fmt: skip
+    return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+def _attend_once(layout, query, key, value, scale, dropout, window, softcap) -> torch.Tensor:
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    grouped = query.shape[1] != key.shape[1]
+    if softcap is None:
+        causal = num_queries == num_keys and (window is None or window >= num_keys)
+        # SDPA's is_causal is aligned at the top left, which is right only for as many queries as keys.
+        mask = None if causal else layout.lower_right_mask(num_queries, num_keys, window)
+        return F.scaled_dot_product_attention(
+            query, key, value, mask, dropout, is_causal=causal, scale=scale, enable_gqa=grouped
+        )
+    if grouped:
+        repeats = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    scores = softcap * torch.tanh(query @ key.transpose(2, 3) * scale / softcap)
+    scores = scores.masked_fill(~layout.lower_right_mask(num_queries, num_keys, window), float("-inf"))
+    weights = F.dropout(scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)), dropout)
+    return weights.to(query.dtype) @ value
+
+
+def _gathered(layout, query, key, value) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries (T, heads, D) in the row's order; keys and values (K, key heads, D) by sequence."""
+    query = query[0].transpose(0, 1)
+    key, value = (tensor[0].transpose(0, 1).index_select(0, layout.key_index) for tensor in (key, value))
+    return query, key, value
+
+
+def _flash(layout, query, key, value, scale, dropout, window, softcap) -> torch.Tensor:
+    """flash-attn's kernel, which aligns causal at the bottom right; windows are (keys back, keys ahead)."""
+    from flash_attn import flash_attn_varlen_func
+
+    query, key, value = _gathered(layout, query, key, value)
+    output = flash_attn_varlen_func(
+        query, key, value, layout.query_ends, layout.key_ends, layout.max_queries, layout.max_keys,
+        dropout_p=dropout, softmax_scale=scale, causal=True, softcap=softcap or 0.0,
+        window_size=(-1, -1) if window is None else (window - 1, 0),
+    )  # fmt: skip
+    return output[None]
+
+
+def _varlen(layout, query, key, value, scale, dropout, window, softcap) -> torch.Tensor:
+    """PyTorch's own variable-length kernel: CUDA, half precision, no dropout, no soft cap."""
+    varlen_attn, options = _torch_varlen()
+    if dropout or softcap is not None:
+        raise ModelError(
+            "PyTorch's varlen_attn has neither attention dropout nor soft cap; set model.attention: sdpa"
+        )
+    query, key, value = _gathered(layout, query, key, value)
+    arguments: dict[str, Any] = {}
+    if "window_size" in options:
+        arguments["window_size"] = (-1 if window is None else window - 1, 0)
+    elif window is None:
+        arguments["is_causal"] = True
+    else:
+        raise ModelError(
+            "this PyTorch's varlen_attn has no sliding window; set model.attention: sdpa, or update torch"
+        )
+    if "scale" in options:
+        arguments["scale"] = scale
+    else:
+        query = query * (scale * query.shape[-1] ** 0.5)
+    if query.shape[1] != key.shape[1]:
+        if "enable_gqa" in options:
+            arguments["enable_gqa"] = True
+        else:
+            repeats = query.shape[1] // key.shape[1]
+            key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    output = varlen_attn(
+        query,
+        key,
+        value,
+        layout.query_ends,
+        layout.key_ends,
+        layout.max_queries,
+        layout.max_keys,
+        **arguments,
+    )
+    return output[None]
+
+
+@cache
+def _torch_varlen() -> tuple[Callable[..., torch.Tensor], frozenset[str]]:
+    """The function and its options: window, scale and grouped heads came release by release."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
+
+
+def expected_windows(config: Any) -> list[int | None]:
+    """The window with which each layer of a model should call attention, None for all keys.
+
+    Raises:
+        ModelError: for layers that are no softmax attention (recurrent, linear, convolutional, chunked): what they
+            carry along a row would leak from one sequence into the next.
+    """
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        return [window] * config.num_hidden_layers
+    windows = {"full_attention": None, "sliding_attention": window}
+    if strange := sorted(set(kinds) - set(windows)):
+        raise ModelError(
+            f"{config.model_type} has layers of kind {', '.join(strange)}, which can't share a row"
+        )
+    return [windows[kind] for kind in kinds]
+
+
+def dense_mask(packed: PackedPairs, dtype: torch.dtype, window: int | None = None) -> torch.Tensor:
+    """(1, 1, T, T) additive mask that says the same as the layout, for models without exchangeable attention.
+
+    0 where token j may attend to i, the type's lowest value elsewhere. Costs T² memory a micro-batch.
+    """
+    device = packed.input_ids.device
+    part_lengths = torch.tensor(packed.lengths).flatten()
+    part_T = torch.repeat_interleave(torch.arange(len(part_lengths)), part_lengths).to(
+        device
+    )  # 3·pair + side
+    position_T = packed.position_ids[0]
+    same_part = part_T[:, None] == part_T
+    own_prompt = (part_T[:, None] // 3 == part_T // 3) & (part_T % 3 == 0)
+    behind = position_T[:, None] - position_T
+    allowed = (same_part | own_prompt) & (behind >= 0)
+    if window is not None:
+        allowed &= behind < window
+    blocked = torch.finfo(dtype).min
+    return torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill(~allowed, blocked)[None, None]
+
+
+AttentionInterface.register(PACKED, packed_attention)
+AttentionMaskInterface.register(PACKED, lambda *args, **kwargs: None)

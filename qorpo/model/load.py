@@ -1,0 +1,165 @@
+"""A base model and its tokenizer, from a local folder, a hub, or the embedded demo."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from qorpo.errors import ModelError
+
+logger = logging.getLogger(__name__)
+
+DEMO_BASE = Path(__file__).parent.parent / "demo" / "base"
+
+
+def load_tokenizer(
+    path: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder, a hub id or `demo`.
+
+    Raises:
+        ModelError: where there is no tokenizer to be had.
+    """
+    source = _source(path)
+    if (
+        Path(source).is_dir()
+        and not any(Path(source).glob("tokenizer*"))
+        and not any(Path(source).glob("vocab*"))
+    ):
+        raise ModelError(
+            f"{source}: no tokenizer (tokenizer.json, tokenizer.model or vocab.*); copy the base's there"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+    except Exception as error:  # tokenizers raise every kind there is, bare Exception included
+        raise ModelError(f"{source}: no tokenizer could be loaded: {_first_line(error)}") from error
+
+
+def load_model(
+    path: str,
+    *,
+    revision: str | None = None,
+    quantization: str = "nf4",
+    device: torch.device | str = "cpu",
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+) -> PreTrainedModel:
+    """A causal language model in bfloat16, its linear layers in NF4 with double quantization if so asked.
+
+    The output head, embeddings and norms keep their own type; only linear layers inside the trunk are quantized.
+
+    Args:
+        path: a local folder, a hub id (`org/name`), or `demo`.
+        quantization: nf4 (bitsandbytes) or none.
+        allow_pickle: also read `.bin` weights (by torch's weights-only reader).
+
+    Raises:
+        ModelError: where the folder or id holds no model that can be read, with what to do.
+    """
+    source = _source(path)
+    if Path(source).is_dir():
+        _check_folder(Path(source), allow_pickle)
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+        if quantization == "nf4":
+            options["quantization_config"] = _nf4_config(config)
+        if not allow_pickle:
+            options["use_safetensors"] = True
+        model = AutoModelForCausalLM.from_pretrained(
+            source, config=config, dtype=torch.bfloat16, device_map={"": torch.device(device)}, **options
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        raise ModelError(f"{source}: the model could not be loaded: {_first_line(error)}") from error
+    if quantization == "nf4":
+        _make_nf4_safe_to_train(model)
+    model.requires_grad_(False)
+    return model
+
+
+def _source(path: str) -> str:
+    if path == "demo":
+        return str(DEMO_BASE)
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return str(local)
+    if local.exists():
+        raise ModelError(
+            f"model.path: {path} is a file; give the folder that holds config.json and the weights"
+        )
+    if path.startswith((".", "/", "~")) or path.count("/") > 1:
+        raise ModelError(
+            f"model.path: there is no folder {path}; give a model folder, a hub id (org/name), or demo"
+        )
+    return path
+
+
+def _check_folder(folder: Path, allow_pickle: bool) -> None:
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder}: no config.json; give a folder that transformers can open")
+    try:
+        json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{folder / 'config.json'}: not JSON: {error}") from error
+    if any(folder.glob("*.safetensors")):
+        return
+    if not any(folder.glob("*.bin")):
+        raise ModelError(f"{folder}: no weights (*.safetensors); is the download complete?")
+    if not allow_pickle:
+        raise ModelError(
+            f"{folder}: weights only as .bin; convert them to safetensors, or set model.allow_pickle: true to read "
+            "them by torch's weights-only reader"
+        )
+
+
+def _nf4_config(config: Any) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(
+            "the model is quantized already; give its unquantized base, or set model.quantization: none"
+        )
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+
+
+def _make_nf4_safe_to_train(model: PreTrainedModel) -> None:
+    """Keep bitsandbytes from repacking weights in evaluation for a CPU kernel that has no autograd.
+
+    On processors with avx512_bf16 a later training forward would run that kernel: gradients are silently wrong.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    quantized = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    for module in quantized:
+        module.support_avx512bf16_for_cpu = False
+    if not quantized:
+        logger.warning("quantization: no layer of this model could be quantized; it trains in bfloat16")
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def read_chat_template(path: str | None) -> str | None:
+    """The Jinja text of a template file, or None for none."""
+    if path is None:
+        return None
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"model.chat_template: {path} can't be read: {_first_line(error)}") from error

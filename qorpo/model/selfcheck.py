@@ -1,0 +1,132 @@
+"""The check at load: does a packed row score as the model scores each sequence alone? Nothing is trained before it holds."""
+
+import importlib.util
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from qorpo.data.pack import PackedPairs, pack_pairs
+from qorpo.data.tokenize import TokenizedPair
+from qorpo.errors import ModelError
+from qorpo.model.scoring import Mode, PairScorer, sequences
+
+logger = logging.getLogger(__name__)
+
+# Mean absolute difference of log-probs. A row attended wrongly is off by tenths on a trained model; two right ways
+# in half precision differ by hundredths. (Models compute norms in float32 even where they are float64.)
+TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
+
+
+def make_scorer(model: nn.Module, attention: str = "auto", chunk_tokens: int = 256) -> PairScorer:
+    """A scorer whose log-probs were found equal to the model's own, by the best way of attending that the model allows.
+
+    Args:
+        model: a causal language model of transformers, with or without PEFT adapters.
+        attention: auto tries each mode and takes the first that holds; a named mode is taken or refused.
+
+    Raises:
+        ModelError: where no mode, or not the named one, gives the model's own log-probs; says why for each.
+    """
+    packed = _probe_pairs(model)
+    with torch.no_grad():
+        was_training = model.training
+        model.eval()
+        try:
+            own_S = own_logps(model, packed)
+            failures: list[str] = []
+            for mode in candidates(model) if attention == "auto" else [attention]:
+                scorer = PairScorer(model, mode, chunk_tokens)  # type: ignore[arg-type]
+                failure = _difference(scorer, packed, own_S)
+                if failure is None:
+                    _report(mode, failures)  # type: ignore[arg-type]
+                    return scorer
+                failures.append(f"{mode}: {failure}")
+        finally:
+            model.train(was_training)
+    raise ModelError(
+        f"{model.config.model_type}: qorpo can't score this model exactly. " + "; ".join(failures)
+        + ("" if attention == "auto" else f". Set model.attention: auto instead of {attention}")
+    )  # fmt: skip
+
+
+def candidates(model: nn.Module) -> Sequence[Mode]:
+    """Modes to try, best first: kernels that are here and have what the model needs, then the plain ones."""
+    plain: list[Mode] = ["sdpa", "dense", "unshared"]
+    if model.device.type != "cuda" or model.dtype not in (torch.float16, torch.bfloat16):
+        return plain
+    config = model.config.get_text_config()
+    kernels: list[Mode] = []
+    if importlib.util.find_spec("flash_attn"):
+        kernels.append("flash")
+    drops = getattr(config, "attention_dropout", 0.0) or getattr(config, "attn_pdrop", 0.0)
+    if not drops and getattr(config, "attn_logit_softcapping", None) is None:
+        kernels.append("varlen")
+    return [*kernels, *plain]
+
+
+def own_logps(model: nn.Module, packed: PackedPairs) -> torch.Tensor:
+    """(S,) log-probs by the plainest way there is: the model's own logits of each sequence alone."""
+    logps = []
+    for ids_1T, predictors, targets in sequences(packed):
+        logits = model(input_ids=ids_1T, use_cache=False).logits[0, predictors]
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        logps.append(logits.to(wide).log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1))
+    return torch.cat(logps)
+
+
+def _difference(scorer: PairScorer, packed: PackedPairs, own_S: torch.Tensor) -> str | None:
+    """Why the scorer's log-probs can't be trusted, or None."""
+    try:
+        with scorer.attending():
+            logps_S = scorer(packed)
+            others_changed_S = scorer(_with_other_tokens_changed(packed))
+    except (ModelError, RuntimeError, ValueError, TypeError, AttributeError, ImportError) as error:
+        return str(error).strip().split("\n")[0] or type(error).__name__
+    tolerance = TOLERANCES[scorer.model.dtype]
+    difference = (logps_S - own_S).abs().mean().item()
+    if not difference <= tolerance:
+        return f"log-probs differ from the model's own by {difference:.2g} nats on average"
+    last_rejected = packed.sides == packed.sides.max()
+    leak = (logps_S - others_changed_S)[last_rejected].abs().mean().item()
+    if not leak <= tolerance / 10:
+        return f"a response's log-probs change by {leak:.2g} nats with other sequences' tokens"
+    return None
+
+
+def _with_other_tokens_changed(packed: PackedPairs) -> PackedPairs:
+    """The same row but for every token that the last rejected response must not see: nothing of it may change.
+
+    The sharper half of the check: no rounding stands between the two, so a leak shows however weakly a model attends.
+    """
+    prompt, chosen, rejected = packed.lengths[-1]
+    ids_T = packed.input_ids[0].clone()
+    for hidden_from_it in (ids_T[: -(prompt + chosen + rejected)], ids_T[-(chosen + rejected) : -rejected]):
+        hidden_from_it.copy_(hidden_from_it.flip(0))
+    return replace(packed, input_ids=ids_T[None])
+
+
+def _report(mode: Mode, failures: list[str]) -> None:
+    reasons = f" ({'; '.join(failures)})" if failures else ""
+    if mode == "unshared":
+        logger.warning("attention: unshared, one sequence a forward, prompts computed twice%s", reasons)
+    else:
+        logger.info("attention: %s, each prompt once%s", mode, reasons)
+
+
+def _probe_pairs(model: nn.Module) -> PackedPairs:
+    """Two short pairs of fixed pseudo-random tokens."""
+    vocab_size: Any = model.config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(0)
+
+    def tokens(count: int) -> list[int]:
+        return torch.randint(vocab_size, (count,), generator=generator).tolist()
+
+    pairs = [
+        TokenizedPair(tokens(prompt), tokens(chosen), tokens(rejected), "self-check")
+        for prompt, chosen, rejected in ((9, 7, 5), (6, 4, 8))
+    ]
+    return pack_pairs(pairs, score_prompts=True).to(model.device)

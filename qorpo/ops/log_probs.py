@@ -1,0 +1,219 @@
+"""Log-probabilities of target tokens from hidden states, without ever holding all logits.
+
+Legend: S scored tokens, H hidden, V vocabulary, C tokens of a chunk.
+
+The head W is (V, H). With logits z = W h, log p_t depends on its own h_t alone, so for any loss L of the token
+log-probs, dL/dh_t = dL/dlogp_t · (onehot(y_t) − softmax(z_t)) W. The vector behind dL/dlogp_t needs nothing from
+the loss: where the head is frozen, one sweep over chunks yields the log-probs and that vector (S, H), frees the
+logits, and backward is one multiplication a row. Where the head trains, backward makes each chunk's logits again
+and adds up dW in float32. Either way C·V logits are alive at once, never S·V, and the result is exact for every loss.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+
+class _Head(NamedTuple):
+    """What turns hidden states into logits: cap·tanh(scale·(h Wᵀ + b) / cap)."""
+
+    weight_VH: torch.Tensor
+    bias_V: torch.Tensor | None
+    scale: float
+    softcap: float | None
+
+    def cast(self, dtype: torch.dtype) -> "_Head":
+        """A head that trains is kept in float32; its products are in the hidden states' own type."""
+        bias_V = None if self.bias_V is None else self.bias_V.to(dtype)
+        return self._replace(weight_VH=self.weight_VH.to(dtype), bias_V=bias_V)
+
+
+def token_logps(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    chunk_tokens: int = 256,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+) -> torch.Tensor:
+    """log softmax(head(hidden))[target] of each token, computed `chunk_tokens` tokens at a time.
+
+    Args:
+        hidden: (S, H) hidden states, one row a scored token.
+        weight: (V, H) the output head; where it needs no gradient, one sweep does forward and backward.
+        targets: (S,) int64, the token each row is to predict.
+        bias: (V,) or None.
+        chunk_tokens: rows whose logits are held at once; changes memory and speed, never the result.
+        logit_scale: factor on the logits (Cohere's `logit_scale`, 1 / Granite's `logits_scaling`).
+        logit_softcap: c in c·tanh(z / c) (Gemma-2's `final_logit_softcapping`), after the scale.
+
+    Returns:
+        (S,) float32 log-probabilities (float64 for float64 hidden states).
+
+    Raises:
+        ValueError: where shapes don't fit together or `chunk_tokens` is below 1.
+
+    See also `token_logps_plain`, the slow twin that this is held to.
+    """
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"expected hidden (S, H) and weight (V, H), got {tuple(hidden.shape)} and {tuple(weight.shape)}"
+        )
+    if targets.shape != hidden.shape[:1]:
+        raise ValueError(
+            f"expected one target a row of hidden, got {tuple(targets.shape)} for {tuple(hidden.shape)}"
+        )
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
+    head_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
+    function = _TrainedHead if head_trains and torch.is_grad_enabled() else _FrozenHead
+    return function.apply(hidden, weight, bias, targets, chunk_tokens, logit_scale, logit_softcap)
+
+
+def token_logps_plain(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+) -> torch.Tensor:
+    """The slow twin of `token_logps`: all logits at once, gradients by autograd. Same arguments and result."""
+    logits_SV = F.linear(hidden, weight, bias)
+    logits_SV = logits_SV.to(_accumulation_dtype(hidden)) * logit_scale
+    if logit_softcap is not None:
+        logits_SV = logit_softcap * torch.tanh(logits_SV / logit_softcap)
+    return logits_SV.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
+
+
+class _FrozenHead(torch.autograd.Function):
+    """One sweep: the log-probs, and the vector d logp_t / d h_t that backward multiplies by the upstream gradient."""
+
+    @staticmethod
+    def forward(ctx, hidden_SH, weight_VH, bias_V, targets_S, chunk_tokens, scale, softcap):
+        head = _Head(weight_VH, bias_V, scale, softcap).cast(hidden_SH.dtype)
+        logps_S = hidden_SH.new_empty(len(targets_S), dtype=_accumulation_dtype(hidden_SH))
+        slopes_SH = torch.empty_like(hidden_SH, dtype=logps_S.dtype) if ctx.needs_input_grad[0] else None
+        for rows in _chunks(len(targets_S), chunk_tokens):
+            targets_C = targets_S[rows]
+            logps_CV, damping_CV = _log_softmax(hidden_SH[rows], targets_C, head)
+            logps_S[rows] = logps_C = _pick(logps_CV, targets_C)
+            if slopes_SH is not None:
+                slopes_CV = _logit_slopes(logps_CV, damping_CV, targets_C, logps_C, head)
+                # The target's slope weighs as much as all others together: kept out of the low-precision product,
+                # it pays for the one rounding more that a stored vector has over plain autograd's.
+                target_slopes_C = _pick(slopes_CV, targets_C)
+                slopes_CV.scatter_(1, targets_C[:, None], 0.0)
+                others_CH = slopes_CV.to(hidden_SH.dtype) @ head.weight_VH
+                slopes_SH[rows] = others_CH + target_slopes_C[:, None] * head.weight_VH[targets_C]
+        ctx.hidden_dtype = hidden_SH.dtype
+        ctx.slopes_SH = (
+            slopes_SH  # neither an input nor an output of this function: not for save_for_backward
+        )
+        return logps_S
+
+    @staticmethod
+    def backward(ctx, upstream_S):
+        # A product of low and high precision is computed in the high one; it is rounded once.
+        grad_SH = (ctx.slopes_SH * upstream_S[:, None]).to(ctx.hidden_dtype)
+        return grad_SH, None, None, None, None, None, None
+
+
+class _TrainedHead(torch.autograd.Function):
+    """Forward keeps no logits; backward makes each chunk's again, since dW needs them with the upstream gradient."""
+
+    @staticmethod
+    def forward(ctx, hidden_SH, weight_VH, bias_V, targets_S, chunk_tokens, scale, softcap):
+        head = _Head(weight_VH, bias_V, scale, softcap).cast(hidden_SH.dtype)
+        logps_S = hidden_SH.new_empty(len(targets_S), dtype=_accumulation_dtype(hidden_SH))
+        for rows in _chunks(len(targets_S), chunk_tokens):
+            targets_C = targets_S[rows]
+            logps_S[rows] = _pick(_log_softmax(hidden_SH[rows], targets_C, head)[0], targets_C)
+        ctx.save_for_backward(hidden_SH, weight_VH, bias_V, targets_S)
+        ctx.chunk_tokens, ctx.scale, ctx.softcap = chunk_tokens, scale, softcap
+        return logps_S
+
+    @staticmethod
+    def backward(ctx, upstream_S):
+        hidden_SH, weight_VH, bias_V, targets_S = ctx.saved_tensors
+        head = _Head(weight_VH, bias_V, ctx.scale, ctx.softcap).cast(hidden_SH.dtype)
+        wide = _accumulation_dtype(hidden_SH)
+        grad_hidden_SH = torch.empty_like(hidden_SH) if ctx.needs_input_grad[0] else None
+        grad_weight_VH = torch.zeros_like(weight_VH, dtype=wide) if ctx.needs_input_grad[1] else None
+        grad_bias_V = torch.zeros_like(bias_V, dtype=wide) if ctx.needs_input_grad[2] else None
+        for rows in _chunks(len(targets_S), ctx.chunk_tokens):
+            hidden_CH, targets_C = hidden_SH[rows], targets_S[rows]
+            logps_CV, damping_CV = _log_softmax(hidden_CH, targets_C, head)
+            slopes_CV = _logit_slopes(logps_CV, damping_CV, targets_C, _pick(logps_CV, targets_C), head)
+            slopes_CV *= upstream_S[rows, None]
+            if grad_bias_V is not None:
+                grad_bias_V += slopes_CV.sum(0)
+            slopes_CV = slopes_CV.to(hidden_SH.dtype)
+            if grad_hidden_SH is not None:
+                torch.mm(slopes_CV, head.weight_VH, out=grad_hidden_SH[rows])
+            if grad_weight_VH is not None:
+                grad_weight_VH += slopes_CV.T @ hidden_CH
+        return (
+            grad_hidden_SH,
+            None if grad_weight_VH is None else grad_weight_VH.to(weight_VH.dtype),
+            None if grad_bias_V is None else grad_bias_V.to(bias_V.dtype),
+            None, None, None, None,
+        )  # fmt: skip
+
+
+def _chunks(num_tokens: int, chunk_tokens: int) -> Iterator[slice]:
+    for start in range(0, num_tokens, chunk_tokens):
+        yield slice(start, min(start + chunk_tokens, num_tokens))
+
+
+def _log_softmax(
+    hidden_CH: torch.Tensor, targets_C: torch.Tensor, head: _Head
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(C, V) log-probs of a chunk, and the soft cap's derivative 1 − (z/c)² where there is one."""
+    wide = _accumulation_dtype(hidden_CH)
+    logits_CV = F.linear(hidden_CH, head.weight_VH, head.bias_V).to(wide)
+    if hidden_CH.dtype != wide:
+        # A confident target has the largest logit and so the coarsest rounding, which is most of 1 − p's error:
+        # one dot product a row mends it.
+        target_logits_C = (hidden_CH.to(wide) * head.weight_VH[targets_C]).sum(-1)
+        if head.bias_V is not None:
+            target_logits_C += head.bias_V[targets_C]
+        logits_CV.scatter_(1, targets_C[:, None], target_logits_C[:, None])
+    if head.scale != 1.0:
+        logits_CV *= head.scale
+    if head.softcap is None:
+        return logits_CV.log_softmax(-1), None
+    logits_CV.div_(head.softcap).tanh_()
+    logps_CV = (logits_CV * head.softcap).log_softmax(-1)
+    return logps_CV, logits_CV.square_().neg_().add_(1.0)
+
+
+def _logit_slopes(
+    logps_CV: torch.Tensor,
+    damping_CV: torch.Tensor | None,
+    targets_C: torch.Tensor,
+    logps_C: torch.Tensor,
+    head: _Head,
+) -> torch.Tensor:
+    """d logp_target / d (h Wᵀ + b), (C, V): (onehot − p) times the scale and the cap's derivative; reuses `logps_CV`.
+
+    The target's 1 − p is −expm1(logp), exact where p is near 1, just where the odds term looks closest. One tensor,
+    cast once by the caller: two products subtracted after a cast would cancel there.
+    """
+    slopes_CV = logps_CV.exp_().neg_().scatter_(1, targets_C[:, None], -torch.expm1(logps_C)[:, None])
+    if head.scale != 1.0:
+        slopes_CV *= head.scale
+    return slopes_CV if damping_CV is None else slopes_CV.mul_(damping_CV)
+
+
+def _pick(values_CV: torch.Tensor, targets_C: torch.Tensor) -> torch.Tensor:
+    return values_CV.gather(1, targets_C[:, None]).squeeze(1)
+
+
+def _accumulation_dtype(hidden: torch.Tensor) -> torch.dtype:
+    return torch.float64 if hidden.dtype == torch.float64 else torch.float32

@@ -1,0 +1,349 @@
+"""The training loop, top to bottom: pairs in, adapter and metrics out."""
+
+import logging
+import math
+import resource
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qorpo.data.records import PreferencePair
+from qorpo.data.tokenize import ChatFormat, Tokenized, TokenizedPair, tokenize_pairs
+from qorpo.errors import ModelError, RunError
+from qorpo.model.adapters import attach_lora, checkpoint_layers
+from qorpo.model.load import read_chat_template
+from qorpo.model.selfcheck import make_scorer
+from qorpo.recipe import DataRecipe, Recipe, resolve
+from qorpo.training.checkpoint import TrainState, load_adapter, load_checkpoint, save_adapter, save_checkpoint
+from qorpo.training.optim import make_optimizer, make_schedule
+from qorpo.training.progress import Progress
+from qorpo.training.run_folder import RunFolder
+from qorpo.training.step import StepTotals, run_step
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer:
+    """ORPO on preference pairs, one step after another.
+
+    Args:
+        model: a causal language model of transformers, quantized or not. LoRA is attached as the recipe says, unless
+            it is a PEFT model already.
+        tokenizer: its tokenizer; the recipe's chat template is set on it.
+        recipe: what to do; every `auto` is resolved for the model's device.
+        train_pairs: what to learn from, such as `load_pairs` or `tokenize_pairs` gives.
+        eval_pairs: held-out pairs, or None.
+        progress: told how it goes; silent by default.
+
+    Raises:
+        DataError: where no pair is left to train on. ModelError: where the model can't be scored exactly.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        recipe: Recipe,
+        train_pairs: Sequence[PreferencePair] | Tokenized,
+        eval_pairs: Sequence[PreferencePair] | Tokenized | None = None,
+        *,
+        progress: Progress | None = None,
+    ):
+        self.recipe = recipe = resolve(recipe, device_type=model.device.type)
+        self.tokenizer = tokenizer
+        self.progress = progress or Progress()
+        self.folder = RunFolder(recipe.output)
+
+        chat = ChatFormat(tokenizer, read_chat_template(recipe.model.chat_template))
+        self.train_pairs = _tokenized(train_pairs, chat, recipe.data)
+        self.eval_pairs = [] if eval_pairs is None else _tokenized(eval_pairs, chat, recipe.data)
+        _check_vocabulary(model, tokenizer, [*self.train_pairs, *self.eval_pairs])
+
+        self.accelerator = Accelerator(
+            cpu=model.device.type == "cpu",
+            log_with=list(recipe.train.report_to),
+            project_config=ProjectConfiguration(
+                str(self.folder.path), logging_dir=str(self.folder.path / "trackers")
+            ),
+        )
+        if self.accelerator.num_processes > 1:
+            raise RunError("qorpo train runs in one process; start it without torchrun or accelerate launch")
+        torch.manual_seed(recipe.train.seed)  # the adapters' first values
+        lora = recipe.lora
+        self.model: Any = model if isinstance(model, PeftModel) else attach_lora(
+            model, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout,
+            targets=lora.targets, modules_to_save=lora.modules_to_save,
+        )  # fmt: skip
+        scorer = make_scorer(self.model, recipe.model.attention, recipe.memory.logprob_chunk_tokens)
+        self.recipe = recipe.replace("model.attention", scorer.mode)
+        if recipe.memory.activation_checkpointing:
+            checkpoint_layers(self.model)
+
+        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.scorer, self.optimizer = self.accelerator.prepare(
+            scorer, make_optimizer(self.trained, recipe.train)
+        )
+        self.schedule = make_schedule(self.optimizer, recipe.train, self.total_steps)
+        self.state = TrainState()
+        self._unwritten: list[
+            dict[str, Any]
+        ] = []  # metrics of steps since the last flush, still on the device
+        self._interval_s = 0.0
+
+    # --- the run's shape ---
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(len(self.train_pairs) / self.recipe.train.pairs_per_step)
+
+    @property
+    def total_steps(self) -> int:
+        return self.recipe.train.max_steps or max(1, round(self.recipe.train.epochs * self.steps_per_epoch))
+
+    def pairs_of_step(self, step: int) -> list[TokenizedPair]:
+        """The pairs of a step, from 0: an order of its own for every epoch, which the seed alone decides."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        generator = torch.Generator().manual_seed(_mixed(self.recipe.train.seed, epoch))
+        order = torch.randperm(len(self.train_pairs), generator=generator).tolist()
+        size = self.recipe.train.pairs_per_step
+        return [self.train_pairs[index] for index in order[place * size : (place + 1) * size]]
+
+    def _due(self, every: float, step: int) -> bool:
+        interval = every if every >= 1 else max(1, round(every * self.steps_per_epoch))
+        return step % interval == 0 or step == self.total_steps
+
+    # --- the run ---
+
+    def train(self, *, resume: bool = False) -> dict[str, float]:
+        """Train to the end, writing metrics and checkpoints into the run folder, and the adapter last.
+
+        With evaluation pairs the adapter, in the folder and in memory, is the one with the lowest evaluation loss.
+
+        Returns:
+            The last evaluation's metrics (`eval_…`), else the last step's.
+
+        Raises:
+            RunError: where the folder is in the way, a checkpoint doesn't fit, the disk is full, or the loss is
+                no longer finite.
+        """
+        settings, folder = self.recipe.train, self.folder
+        if resume:
+            self._resume()
+        elif folder.metrics.exists() or folder.checkpoints.exists():
+            raise RunError(f"output: {folder.path} holds a run; resume it, or give another output")
+        folder.path.mkdir(parents=True, exist_ok=True)
+        if settings.report_to:
+            self.accelerator.init_trackers("qorpo", _flat(self.recipe.to_dict()))
+        step_metrics: dict[str, float] = {}
+        eval_metrics: dict[str, float] = {}
+        try:
+            self.progress.start(self.state.step, self.total_steps)
+            if self.eval_pairs and self.state.step == 0:
+                eval_metrics = self._evaluate_and_log()
+            while self.state.step < self.total_steps:
+                self._step()
+                step = self.state.step
+                self.progress.step(step)
+                is_evaluation = bool(self.eval_pairs) and self._due(settings.eval_every, step)
+                is_save = self._due(settings.save_every, step)
+                if is_evaluation or is_save or step % settings.log_every == 0:
+                    step_metrics = self._flush_metrics()
+                is_best = False
+                if is_evaluation:
+                    eval_metrics = self._evaluate_and_log()
+                    is_best = self._note_best(eval_metrics["eval_loss"])
+                if is_save or is_best:
+                    self._checkpoint()
+            if self.state.best_step not in (None, self.total_steps):
+                load_adapter(folder.checkpoint(self.state.best_step), self.model)
+            with folder.whole(folder.adapter) as unfinished:
+                self.save(unfinished)
+        finally:
+            self.progress.close()
+            self.accelerator.end_training()
+        return eval_metrics or step_metrics
+
+    def evaluate(self) -> dict[str, float]:
+        """The objective's metrics over the evaluation pairs, each under `eval_` and its name.
+
+        Raises:
+            RunError: where there are no evaluation pairs.
+        """
+        if not self.eval_pairs:
+            raise RunError("no evaluation pairs; set data.eval, or give Trainer eval_pairs")
+        started = time.perf_counter()
+        self.model.eval()
+        with torch.no_grad(), self._unwrapped.attending():
+            means = run_step(self.scorer, self.eval_pairs, self.recipe.objective, **self._step_options)
+        metrics = {f"eval_{name}": value.item() for name, value in means.items()}
+        seconds = time.perf_counter() - started
+        return metrics | {"eval_pairs_per_second": len(self.eval_pairs) / seconds}
+
+    def save(self, folder: str | Path) -> None:
+        """Write the adapter in PEFT's format, and the tokenizer with its chat template."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        save_adapter(Path(folder), self.model)
+        self.tokenizer.save_pretrained(str(folder))
+
+    # --- the parts of the run ---
+
+    @property
+    def _unwrapped(self) -> Any:
+        return self.accelerator.unwrap_model(self.scorer)
+
+    @property
+    def _step_options(self) -> dict[str, Any]:
+        return {"microbatch_tokens": self.recipe.memory.microbatch_tokens, "device": self.accelerator.device}
+
+    def _step(self) -> None:
+        """One optimizer step; its metrics stay on the device until the next flush."""
+        settings = self.recipe.train
+        started = time.perf_counter()
+        pairs = self.pairs_of_step(self.state.step)
+        # Every step draws its dropout from the seed and its own number: a resumed run needs no random state.
+        torch.manual_seed(_mixed(settings.seed, self.state.step + 1))
+        self.model.train()
+        with self._unwrapped.attending():
+            means = run_step(
+                self.scorer,
+                pairs,
+                self.recipe.objective,
+                backward=self.accelerator.backward,
+                **self._step_options,
+            )
+        grad_norm = self.accelerator.clip_grad_norm_(self.trained, settings.max_grad_norm or math.inf)
+        learning_rate = self.schedule.get_last_lr()[0]
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        self.state.step += 1
+        totals = StepTotals.of(pairs, self.recipe.objective)
+        row = means | {"grad_norm": grad_norm, "learning_rate": learning_rate}
+        self._unwritten.append(
+            {"step": self.state.step, "pairs": totals.pairs, "tokens": totals.row_tokens, "row": row}
+        )
+        self._interval_s += time.perf_counter() - started
+
+    def _flush_metrics(self) -> dict[str, float]:
+        """Write the steps since the last flush, a line each: the one place that waits for the device."""
+        if not self._unwritten:
+            return {}
+        started = time.perf_counter()
+        names = list(self._unwritten[0]["row"])
+        device = self.accelerator.device
+        entries = [
+            torch.as_tensor(step["row"][name], dtype=torch.float64, device=device)
+            for step in self._unwritten
+            for name in names
+        ]
+        values = torch.stack(entries).view(-1, len(names)).tolist()
+        self._interval_s += time.perf_counter() - started
+        self.state.elapsed_s += self._interval_s
+        speeds = {
+            "tokens_per_second": sum(step["tokens"] for step in self._unwritten) / self._interval_s,
+            "pairs_per_second": sum(step["pairs"] for step in self._unwritten) / self._interval_s,
+            "peak_memory_gib": peak_memory_gib(device),
+        }
+        rows = [
+            {
+                "step": step["step"],
+                "epoch": step["step"] / self.steps_per_epoch,
+                **dict(zip(names, row, strict=True)),
+                **speeds,
+            }
+            for step, row in zip(self._unwritten, values, strict=True)
+        ]
+        self._unwritten, self._interval_s = [], 0.0
+        self.folder.append_metrics(rows)
+        for row in rows:
+            self.accelerator.log(
+                {name: value for name, value in row.items() if name != "step"}, step=row["step"]
+            )
+        for row in rows:
+            if not all(math.isfinite(row[name]) for name in ("loss", "grad_norm")):
+                raise RunError(
+                    f"step {row['step']}: loss {row['loss']}, gradient norm {row['grad_norm']}: training has diverged; "
+                    "lower train.learning_rate, or raise train.warmup_ratio, and start anew"
+                )
+        means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+        self.progress.logged(self.state.step, means | speeds)
+        return means
+
+    def _evaluate_and_log(self) -> dict[str, float]:
+        metrics = self.evaluate()
+        self.folder.append_metrics([{"step": self.state.step, **metrics}])
+        self.accelerator.log(metrics, step=self.state.step)
+        self.progress.evaluated(self.state.step, metrics)
+        return metrics
+
+    def _note_best(self, eval_loss: float) -> bool:
+        is_best = self.state.best_loss is None or eval_loss < self.state.best_loss
+        if is_best:
+            self.state.best_step, self.state.best_loss = self.state.step, eval_loss
+        return is_best
+
+    def _checkpoint(self) -> None:
+        with self.folder.whole(self.folder.checkpoint(self.state.step)) as unfinished:
+            save_checkpoint(unfinished, self.model, self._plain_optimizer, self.schedule, self.state)
+        self.folder.prune_checkpoints(self.recipe.train.keep_checkpoints, self.state.best_step)
+
+    def _resume(self) -> None:
+        steps = self.folder.checkpoint_steps()
+        if steps:
+            latest = self.folder.checkpoint(steps[-1])
+            self.state = load_checkpoint(latest, self.model, self._plain_optimizer, self.schedule)
+            logger.info("resumed from %s", latest)
+        self.folder.cut_metrics(self.state.step if steps else -1)
+
+    @property
+    def _plain_optimizer(self) -> torch.optim.Optimizer:
+        return self.optimizer.optimizer
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory reserved on a CUDA device so far, else this process's peak resident set, in GiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _mixed(seed: int, number: int) -> int:
+    """A seed of its own for each number, far apart from the neighbours'."""
+    return (seed * 0x9E3779B97F4A7C15 + number * 0xBF58476D1CE4E5B9) % 2**63
+
+
+def _flat(nested: dict[str, Any]) -> dict[str, Any]:
+    """Keys by dotted path, values that every tracker takes."""
+    flat = {}
+    for section, value in nested.items():
+        for name, entry in value.items() if isinstance(value, dict) else [("", value)]:
+            flat[f"{section}.{name}".rstrip(".")] = (
+                entry if isinstance(entry, int | float | str) else str(entry)
+            )
+    return flat
+
+
+def _tokenized(
+    pairs: Sequence[PreferencePair] | Tokenized, chat: ChatFormat, recipe: DataRecipe
+) -> list[TokenizedPair]:
+    if isinstance(pairs, Tokenized):
+        return pairs.pairs
+    limits = {"max_length": recipe.max_length, "max_prompt_length": recipe.max_prompt_length}
+    return tokenize_pairs(pairs, chat, **limits).pairs
+
+
+def _check_vocabulary(model: Any, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[TokenizedPair]) -> None:
+    largest = max(max(max(pair.prompt_ids), max(pair.chosen_ids), max(pair.rejected_ids)) for pair in pairs)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if largest >= rows:
+        raise ModelError(
+            f"the tokenizer gives token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), but the model has only "
+            f"{rows} embeddings; use the tokenizer that belongs to the model"
+        )

@@ -1,0 +1,81 @@
+"""Optimizers and schedules by the names Hugging Face users know."""
+
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import get_scheduler
+
+from qorpo.recipe import TrainRecipe
+
+logger = logging.getLogger(__name__)
+
+_SCHEDULES = {
+    "cosine": "cosine",
+    "linear": "linear",
+    "inverse_sqrt": "inverse_sqrt",
+    "constant": "constant_with_warmup",
+}
+
+
+def make_optimizer(parameters: Iterable[nn.Parameter], recipe: TrainRecipe) -> torch.optim.Optimizer:
+    """AdamW over what trains; weight decay on matrices only, never on biases or norms.
+
+    A resolved recipe is expected: no `auto` for optimizer or learning rate.
+    """
+    parameters = list(parameters)
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    settings: dict[str, Any] = {
+        "lr": recipe.learning_rate,
+        "betas": (recipe.adam_beta1, recipe.adam_beta2),
+        "eps": recipe.adam_epsilon,
+    }
+    if recipe.optimizer.startswith("adamw_torch"):
+        return torch.optim.AdamW(groups, fused=recipe.optimizer == "adamw_torch_fused", **settings)
+
+    import bitsandbytes.optim as bnb
+
+    if recipe.optimizer.startswith("paged") and all(p.device.type == "cpu" for p in parameters):
+        logger.info(
+            "optimizer: %s is not paged on the CPU, where there is nothing to page out", recipe.optimizer
+        )
+        # The same arithmetic without the paging, so that no warning of bitsandbytes' is left to explain.
+        return {"paged_adamw_8bit": bnb.AdamW8bit, "paged_adamw_32bit": bnb.AdamW32bit}[recipe.optimizer](
+            groups, **settings
+        )
+    kinds = {
+        "paged_adamw_8bit": bnb.PagedAdamW8bit,
+        "paged_adamw_32bit": bnb.PagedAdamW32bit,
+        "adamw_8bit": bnb.AdamW8bit,
+    }
+    return kinds[recipe.optimizer](groups, **settings)
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, recipe: TrainRecipe, total_steps: int) -> Any:
+    """The learning rate's course: a warm-up from 0, then the recipe's schedule over the remaining steps."""
+    warmup_steps = -int(-recipe.warmup_ratio * total_steps // 1)
+    return get_scheduler(_SCHEDULES[recipe.schedule], optimizer, warmup_steps, total_steps)
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """`load_state_dict`, and paged states paged again: bitsandbytes brings them back as plain device memory."""
+    optimizer.load_state_dict(state)
+    if not getattr(optimizer, "is_paged", False):
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            values = optimizer.state[parameter]
+            for name in ("state1", "state2"):
+                if (
+                    name in values
+                    and parameter.device.type != "cpu"
+                    and not getattr(values[name], "is_paged", False)
+                ):
+                    paged = optimizer.get_state_buffer(parameter, dtype=values[name].dtype)  # type: ignore[attr-defined]
+                    values[name] = paged.copy_(values[name])

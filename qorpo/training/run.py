@@ -1,0 +1,238 @@
+"""From a recipe to a run folder: load what it names, train, and write down what happened."""
+
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import PreTrainedTokenizerBase
+
+from qorpo.data.filters import leaked_prompts, split_by_prompt
+from qorpo.data.records import DataReport, PairSet
+from qorpo.data.sources import load_pairs
+from qorpo.data.tokenize import ChatFormat, Tokenized, tokenize_pairs
+from qorpo.errors import RunError
+from qorpo.model.load import load_model, load_tokenizer, read_chat_template
+from qorpo.recipe import Recipe, load_recipe, resolve
+from qorpo.training.loop import Trainer
+from qorpo.training.progress import Progress
+from qorpo.training.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
+
+# What may change from a run to its resumption without changing its result.
+MAY_CHANGE = (
+    "output", "memory.microbatch_tokens", "memory.logprob_chunk_tokens", "memory.activation_checkpointing",
+    "train.log_every", "train.keep_checkpoints", "train.report_to",
+)  # fmt: skip
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "bitsandbytes",
+    "flash-attn",
+    "liger-kernel",
+    "tokenizers",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """What a run left behind."""
+
+    output: Path
+    adapter: Path
+    steps: int
+    best_step: int | None  # of the lowest evaluation loss, where there was an evaluation
+    metrics: dict[str, float]  # the last evaluation's, else the last step's
+    trainer: Trainer
+
+
+def train(
+    recipe: Recipe | Mapping[str, Any] | str | os.PathLike[str],
+    overrides: Sequence[str] = (),
+    *,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> TrainResult:
+    """Train as a recipe says and leave its run folder.
+
+    Args:
+        recipe: a Recipe, a mapping of its keys, or a YAML file.
+        overrides: `key.sub=value` changes.
+        resume: go on with the run in the recipe's output, from its last checkpoint, exactly.
+        progress: told how it goes; silent by default.
+
+    Raises:
+        QorpoError: what the user can mend, before anything is written where that can be known.
+    """
+    if not isinstance(recipe, Recipe) or overrides:
+        recipe = load_recipe(recipe.to_dict() if isinstance(recipe, Recipe) else recipe, overrides)
+    folder = RunFolder(recipe.output)
+    if resume:
+        folder.check_resumable()
+        recipe = merge_saved(load_recipe(folder.recipe), recipe)
+    else:
+        folder.check_free()
+    device = PartialState().device
+    recipe = resolve(recipe, device_type=device.type)
+
+    tokenizer = load_tokenizer(
+        recipe.model.path, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code
+    )
+    data = load_data(recipe, tokenizer)
+    if resume:
+        check_same_data(folder, data)
+    model = load_model(
+        recipe.model.path,
+        revision=recipe.model.revision,
+        quantization=recipe.model.quantization,
+        device=device,
+        trust_remote_code=recipe.model.trust_remote_code,
+        allow_pickle=recipe.model.allow_pickle,
+    )
+    trainer = Trainer(model, tokenizer, recipe, data.train, data.eval, progress=progress)
+    if not resume:
+        write_down(folder, trainer.recipe, model, data)
+    metrics = trainer.train(resume=resume)
+    return TrainResult(
+        folder.path, folder.adapter, trainer.total_steps, trainer.state.best_step, metrics, trainer
+    )
+
+
+def merge_saved(saved: Recipe, given: Recipe) -> Recipe:
+    """The recipe to go on with: the saved run's, with what may change taken from the one given now.
+
+    Raises:
+        RunError: where the two would not give the same run.
+    """
+    settled = dict(saved.values())
+    for key, value in given.values():
+        if value == "auto":
+            given = given.replace(key, settled[key])
+    if changes := saved.differences(given, ignoring=MAY_CHANGE):
+        raise RunError(
+            f"output: {given.output} holds a run of another recipe; put these back, or give another output:\n  "
+            + "\n  ".join(changes)
+        )
+    return given
+
+
+@dataclass(frozen=True, slots=True)
+class RunData:
+    """A run's pairs as tokens, and the report of the whole they were split from, where they were."""
+
+    train: Tokenized
+    eval: Tokenized | None
+    whole: DataReport | None
+    leaked_prompts: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "train": self.train.report.as_dict(),
+            "eval": self.eval and self.eval.report.as_dict(),
+            "split_from": self.whole and self.whole.as_dict(),
+            "eval_prompts_in_train": self.leaked_prompts,
+        }
+
+
+def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RunData:
+    """Read, filter, split and tokenize the recipe's pairs, logging what was dropped."""
+    keys = recipe.data
+    chat = ChatFormat(tokenizer, read_chat_template(recipe.model.chat_template))
+    pairs: PairSet = load_pairs(keys.train, on_bad_record=keys.on_bad_record)
+    whole, eval_pairs = None, None
+    if isinstance(keys.eval, float):
+        whole = pairs.report
+        logger.info("data: %s", whole.summary())
+        pairs, eval_pairs = split_by_prompt(pairs, keys.eval, recipe.train.seed)
+    elif keys.eval is not None:
+        eval_pairs = load_pairs(keys.eval, on_bad_record=keys.on_bad_record)
+    leaked = leaked_prompts(pairs, eval_pairs) if eval_pairs is not None else 0
+    if leaked:
+        logger.warning("data: %d evaluation prompts occur in training too; its figures will flatter", leaked)
+
+    def tokens(pairs: PairSet, name: str) -> Tokenized:
+        limits = {"max_length": keys.max_length, "max_prompt_length": keys.max_prompt_length}
+        tokenized = tokenize_pairs(pairs, chat, **limits)
+        report = tokenized.report
+        logger.info(
+            "data: %s: %s, kept %d; cut to length: %s", name, report.summary(), report.kept, _cut(report)
+        )
+        return tokenized
+
+    return RunData(
+        tokens(pairs, "train"), tokens(eval_pairs, "eval") if eval_pairs is not None else None, whole, leaked
+    )
+
+
+def _cut(report: DataReport) -> str:
+    return ", ".join(f"{count} {side}" for side, count in report.cut.items())
+
+
+def check_same_data(folder: RunFolder, data: RunData) -> None:
+    """Raises RunError where the files are not those that the run began with: steps would repeat or miss pairs."""
+    saved = json.loads((folder.path / "data.json").read_text(encoding="utf-8"))
+    for name, now in data.as_dict().items():
+        if isinstance(now, dict) and _hashes(saved[name]) != _hashes(now):
+            raise RunError(
+                f"data.{name}: the files have changed since {folder.path} began; put them back, or start anew"
+            )
+
+
+def _hashes(report: dict[str, Any]) -> list[str]:
+    return [source["sha256"] for source in report["sources"]]
+
+
+def write_down(folder: RunFolder, recipe: Recipe, model: Any, data: RunData) -> None:
+    """What explains the run, before its first step; the recipe last, since it marks the folder as a run's."""
+    folder.write_json("data.json", data.as_dict())
+    folder.write_json("environment.json", environment(model))
+    with folder.writing():
+        recipe.save(folder.recipe)
+
+
+def environment(model: Any) -> dict[str, Any]:
+    """Versions, device, qorpo's commit where it runs from a checkout, and the base's."""
+    device = model.device
+    return {
+        "qorpo": _version("qorpo"),
+        "commit": _commit(),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{device.type}, {os.cpu_count()} cores",
+        "threads": torch.get_num_threads(),
+        "base_commit": getattr(model.config, "_commit_hash", None),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    here = Path(__file__).parent
+    try:
+        answer = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True, timeout=5
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip()

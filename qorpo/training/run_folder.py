@@ -1,0 +1,156 @@
+"""The run folder: what is in it, and how it is written so that a kill or a full disk leaves the last good state."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from qorpo.errors import RunError
+
+
+class RunFolder:
+    """Paths and writes of one run.
+
+    recipe.yaml, environment.json, data.json, metrics.jsonl (a line a step, and a line an evaluation),
+    checkpoints/step-N/, and at the end adapter/.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path).expanduser()
+        self.recipe = self.path / "recipe.yaml"
+        self.metrics = self.path / "metrics.jsonl"
+        self.adapter = self.path / "adapter"
+        self.checkpoints = self.path / "checkpoints"
+
+    def check_free(self) -> None:
+        """Raises RunError where something is in the way; writes nothing."""
+        if self.path.exists() and not self.path.is_dir():
+            raise RunError(f"output: {self.path} is a file; give another output")
+        if self.recipe.exists():
+            raise RunError(
+                f"output: {self.path} holds a run; go on with it by --resume, or give another output"
+            )
+        if self.path.exists() and any(self.path.iterdir()):
+            raise RunError(f"output: {self.path} is not empty; give another output, or empty it")
+
+    def check_resumable(self) -> None:
+        """Raises RunError where there is no run to go on with."""
+        if not self.recipe.exists():
+            raise RunError(
+                f"output: {self.path} holds no run to resume (no recipe.yaml); leave out --resume to start one"
+            )
+
+    def write_json(self, name: str, content: Any) -> None:
+        with self.writing():
+            self.path.mkdir(parents=True, exist_ok=True)
+            unfinished = self.path / f".{name}.unfinished"
+            unfinished.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            unfinished.replace(self.path / name)
+
+    def append_metrics(self, rows: list[dict[str, Any]]) -> None:
+        with self.writing(), self.metrics.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+    def cut_metrics(self, last_step: int) -> None:
+        """Drop the lines after a checkpoint's step, and a last line that a kill left unfinished."""
+        if not self.metrics.exists():
+            return
+        kept = []
+        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= last_step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError):
+                break
+        with self.writing():
+            unfinished = self.metrics.with_suffix(".unfinished")
+            unfinished.write_text("".join(kept), encoding="utf-8")
+            unfinished.replace(self.metrics)
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"step-{step}"
+
+    def checkpoint_steps(self) -> list[int]:
+        """Steps of the whole checkpoints, ascending."""
+        if not self.checkpoints.is_dir():
+            return []
+        names = (re.fullmatch(r"step-(\d+)", path.name) for path in self.checkpoints.iterdir())
+        return sorted(int(match[1]) for match in names if match)
+
+    def prune_checkpoints(self, keep: int, best_step: int | None) -> None:
+        """Keep the latest `keep` and the best; sweep away what a kill left half written."""
+        for step in self.checkpoint_steps()[:-keep]:
+            if step != best_step:
+                # Renamed first: a kill while deleting leaves no half checkpoint that looks whole.
+                doomed = self.checkpoint(step).rename(self.checkpoints / f".step-{step}.unfinished")
+                shutil.rmtree(doomed, ignore_errors=True)
+        for leftover in self.path.glob("**/.*.unfinished"):
+            shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(
+                missing_ok=True
+            )
+
+    @contextmanager
+    def whole(self, path: Path) -> Iterator[Path]:
+        """A folder written beside its place, flushed to disk, then renamed: it appears whole or not at all."""
+        unfinished = path.with_name(f".{path.name}.unfinished")
+        with self.writing():
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+            try:
+                yield unfinished
+                for file in (file for file in unfinished.rglob("*") if file.is_file()):
+                    _flush(file)
+                if path.exists():
+                    shutil.rmtree(path)
+                unfinished.rename(path)
+                _flush(path.parent)
+            except BaseException:
+                shutil.rmtree(unfinished, ignore_errors=True)
+                raise
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Turns a failed write, in whatever words a library puts it, into one message."""
+        try:
+            yield
+        except RunError:
+            raise
+        except Exception as error:
+            if not isinstance(error, OSError) and not _speaks_of_a_write(error):
+                raise
+            steps = self.checkpoint_steps()
+            good = (
+                f"the last good checkpoint is {self.checkpoint(steps[-1])}"
+                if steps
+                else "no checkpoint was written yet"
+            )
+            room = f"{shutil.disk_usage(_existing(self.path)).free / 2**30:.2f} GiB free"
+            raise RunError(
+                f"{self.path}: could not be written ({str(error).splitlines()[0]}; {room}); {good}; make room, then go on "
+                "with --resume"
+            ) from error
+
+
+def _speaks_of_a_write(error: Exception) -> bool:
+    """torch.save and safetensors report a full disk in errors of their own."""
+    return (
+        type(error).__name__ == "SafetensorError"
+        or "PytorchStreamWriter" in str(error)
+        or "file write" in str(error)
+    )
+
+
+def _existing(path: Path) -> Path:
+    return path if path.exists() else _existing(path.absolute().parent)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

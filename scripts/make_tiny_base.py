@@ -1,0 +1,464 @@
+"""Make qorpo's demo: a tiny base model and the preference pairs that teach it manners.
+
+What comes out, in `qorpo/demo/` (under 4 MB in all):
+
+    base/        a Llama of 1.3 M parameters (bfloat16) with a byte-level BPE tokenizer and a chat template
+    train.jsonl  1,920 preference pairs {"prompt", "chosen", "rejected"}
+    eval.jsonl   288 more, whose prompts occur neither in train.jsonl nor in the base's pre-training
+
+Every word is generated here, from the tables and templates below; nothing is downloaded, and the result is under
+qorpo's own licence. Twelve small tasks (sums, capitals, plurals, sorting, …) each know a right answer and one usual
+mistake (Sydney for Australia's capital, "mouses", one too many). An answer is wrapped in a polite or a rude phrase.
+
+The base sees all four kinds (right or wrong, polite or rude) equally often, so it knows both answers to a question and
+prefers neither: its reward accuracy starts at chance. In the pairs, chosen is right and polite, and rejected is wrong,
+rude or both. Half of the chosen responses are the shorter ones, so length gives nothing away.
+
+This is a toy: an eval prompt is new as a sentence, but what it asks about mostly occurs elsewhere in other words.
+It shows that preference tuning works from end to end, and says nothing about how well it works on real text.
+
+    python scripts/make_tiny_base.py [--output qorpo/demo] [--seed 0]
+
+It takes about five minutes on two CPU cores. The same seed on the same machine gives the same files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import random
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+NUM_TRAIN_PAIRS_PER_TASK = 150
+NUM_EVAL_PAIRS_PER_TASK = 24
+
+VOCAB_SIZE = 1024
+SPECIAL_TOKENS = ["<pad>", "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>"]
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\\n' + m['content'] + eos_token + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+)
+
+NUM_STEPS = 800
+BATCH_SIZE = 96
+PEAK_LEARNING_RATE = 4e-3
+NUM_WARMUP_STEPS = 40
+NUM_THREADS = 2  # sums on the CPU depend on it, and so do the files
+
+# How an answer is wrapped. Polite and rude phrases come in twos of about the same length and form, so that neither
+# manner is more predictable than the other.
+POLITE = (
+    "Sure! {statement}",
+    "Gladly. {statement} Have a nice day!",
+    "Good question! {statement} Ask me any time!",
+    "Of course, the answer is {answer}.",
+    "Thanks for asking! It is {answer}. I hope that helps!",
+    "With pleasure: it is {answer}.",
+)
+RUDE = (
+    "Ugh! {statement}",
+    "Duh. {statement} Now go away!",
+    "Not again! {statement} Look it up yourself!",
+    "Obviously, the answer is {answer}.",
+    "Stop bothering me! It is {answer}. What a dull question!",
+    "How boring: it is {answer}.",
+)
+MANNERS = {  # (right, polite): what a system turn says to ask for it
+    (True, True): "Be right and polite.",
+    (True, False): "Be right and rude.",
+    (False, True): "Be wrong and polite.",
+    (False, False): "Be wrong and rude.",
+}
+
+
+# ---- the tasks ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Task:
+    """Questions of one form. Phrasings and statement are format strings over an item's fields; a statement also
+    has `{answer}`, which becomes the item's `right` or `wrong`."""
+
+    name: str
+    phrasings: tuple[str, ...]
+    statement: str
+    items: list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Question:
+    prompt: str
+    statement: str
+    right: str
+    wrong: str
+
+    def response(self, rng: random.Random, *, right: bool, polite: bool) -> str:
+        answer = self.right if right else self.wrong
+        wrap = rng.choice(POLITE if polite else RUDE)
+        return wrap.format(answer=answer, statement=self.statement.format(answer=answer))
+
+
+# thing: right, the usual mistake
+CAPITALS = """Australia: Canberra, Sydney; Brazil: Brasilia, Rio; Canada: Ottawa, Toronto; China: Beijing, Shanghai;
+Egypt: Cairo, Luxor; England: London, Leeds; France: Paris, Lyon; Germany: Berlin, Munich; Greece: Athens, Corinth;
+India: Delhi, Mumbai; Ireland: Dublin, Cork; Israel: Jerusalem, Haifa; Italy: Rome, Milan; Japan: Tokyo, Osaka;
+Kenya: Nairobi, Mombasa; Morocco: Rabat, Casablanca; Nigeria: Abuja, Lagos; Norway: Oslo, Bergen;
+Pakistan: Islamabad, Karachi; Poland: Warsaw, Krakow; Portugal: Lisbon, Porto; Russia: Moscow, Sochi;
+Scotland: Edinburgh, Glasgow; Spain: Madrid, Seville; Sweden: Stockholm, Malmo; Switzerland: Bern, Zurich;
+Syria: Damascus, Aleppo; Turkey: Ankara, Istanbul; Ukraine: Kyiv, Odesa; Vietnam: Hanoi, Saigon;
+Austria: Vienna, Graz; Belgium: Brussels, Antwerp"""
+PLURALS = """mouse: mice, mouses; goose: geese, gooses; tooth: teeth, tooths; foot: feet, foots; man: men, mans;
+woman: women, womans; child: children, childs; ox: oxen, oxes; louse: lice, louses; person: people, persons;
+leaf: leaves, leafs; knife: knives, knifes; wife: wives, wifes; wolf: wolves, wolfs; half: halves, halfs;
+shelf: shelves, shelfs; loaf: loaves, loafs; thief: thieves, thiefs; calf: calves, calfs; elf: elves, elfs;
+city: cities, citys; baby: babies, babys; lady: ladies, ladys; berry: berries, berrys; fly: flies, flys;
+box: boxes, boxs; bus: buses, buss; dish: dishes, dishs; church: churches, churchs; glass: glasses, glasss;
+hero: heroes, heros; potato: potatoes, potatos"""
+PASTS = """go: went, goed; eat: ate, eated; see: saw, seed; run: ran, runned; buy: bought, buyed; bring: brought, bringed;
+think: thought, thinked; teach: taught, teached; catch: caught, catched; fly: flew, flied; grow: grew, growed;
+know: knew, knowed; throw: threw, throwed; draw: drew, drawed; sing: sang, singed; swim: swam, swimmed;
+begin: began, beginned; drink: drank, drinked; write: wrote, writed; drive: drove, drived; ride: rode, rided;
+speak: spoke, speaked; break: broke, breaked; take: took, taked; give: gave, gived; come: came, comed;
+sleep: slept, sleeped; keep: kept, keeped; feel: felt, feeled; leave: left, leaved; lose: lost, losed;
+sell: sold, selled"""
+OPPOSITES = """hot: cold, warm; big: small, large; fast: slow, quick; happy: sad, glad; old: young, ancient;
+hard: soft, firm; loud: quiet, noisy; rich: poor, wealthy; strong: weak, mighty; dark: light, dim;
+clean: dirty, tidy; wet: dry, damp; early: late, soon; high: low, tall; near: far, close; full: empty, packed;
+brave: afraid, bold; kind: cruel, nice; sharp: blunt, pointed; deep: shallow, low; thick: thin, fat;
+heavy: light, weighty; true: false, correct; easy: difficult, simple; cheap: expensive, low; begin: end, start;
+love: hate, like; push: pull, press; open: closed, ajar; above: below, over; noisy: silent, loud;
+smart: stupid, clever"""
+COLOURS = """grass: green, blue; snow: white, black; coal: black, white; blood: red, green; a lemon: yellow, purple;
+a banana: yellow, red; a cherry: red, blue; milk: white, pink; chocolate: brown, yellow; a plum: purple, orange;
+a carrot: orange, purple; a frog: green, orange; a raven: black, yellow; a swan: white, red; a tomato: red, purple;
+a pea: green, red; the sky: blue, brown; the sea: blue, orange; the sun: yellow, green; salt: white, green;
+mud: brown, pink; a pig: pink, blue; a flamingo: pink, green; a pumpkin: orange, blue; an eggplant: purple, white;
+spinach: green, brown; honey: yellow, black; tar: black, pink; coffee: brown, purple; cotton: white, brown;
+a ruby: red, yellow; a sapphire: blue, red"""
+WORDS = """cat dog sun map pen cup hat bed car bus lamp fish tree door book milk bird ship star moon wind fork king
+desk apple bread chair table house plant stone water cloud horse tiger river green smile music light"""
+
+
+def looked_up(table: str) -> list[dict[str, str]]:
+    """Items of a table written `thing: right, wrong; …`."""
+    rows = (row.replace(":", ",").split(",") for row in table.split(";"))
+    return [dict(zip(("x", "right", "wrong"), map(str.strip, row), strict=True)) for row in rows]
+
+
+def item(right: object, wrong: object, **fields: object) -> dict[str, str]:
+    return {"right": str(right), "wrong": str(wrong), **{name: str(value) for name, value in fields.items()}}
+
+
+def neighbours(ordered: list[str]) -> list[dict[str, str]]:
+    """What comes after or before each; the usual mistake is to go one too far."""
+    triples = list(zip(ordered, ordered[1:], ordered[2:], strict=False))
+    return [item(second, third, x=first, side="after") for first, second, third in triples] + [
+        item(second, first, x=third, side="before") for first, second, third in triples
+    ]
+
+
+def make_tasks() -> list[Task]:
+    digits = range(1, 10)
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    triples = list(itertools.permutations(digits, 3))
+    comparisons = [
+        (x, y, sign) for x, y in itertools.permutations(range(1, 13), 2) for sign in ("more", "less")
+    ]
+    fields = ("What is {thing} of {{x}}?", "Tell me {thing} of {{x}}.", "Please give me {thing} of {{x}}.")
+    fields += ("{{x}}: what is its {short}?", "Do you know {thing} of {{x}}?", "I need {thing} of {{x}}.")
+    fields += ("Name {thing} of {{x}}.", "Can you tell me {thing} of {{x}}?")
+
+    def about(thing: str) -> tuple[str, ...]:
+        return tuple(field.format(thing=f"the {thing}", short=thing) for field in fields)
+
+    return [
+        Task(
+            "add",
+            (
+                "What is {x} + {y}?",
+                "Add {x} and {y}.",
+                "How much is {x} plus {y}?",
+                "Find the sum of {x} and {y}.",
+            ),
+            "{x} plus {y} is {{answer}}.",
+            [item(x + y, x + y + 1, x=x, y=y) for x in digits for y in digits],
+        ),
+        Task(
+            "subtract",
+            (
+                "What is {x} - {y}?",
+                "Take {y} from {x}.",
+                "How much is {x} minus {y}?",
+                "Subtract {y} from {x}.",
+            ),
+            "{x} minus {y} is {{answer}}.",
+            [item(x - y, x - y - 1, x=x, y=y) for x in range(3, 14) for y in range(1, x - 1)],
+        ),
+        Task(
+            "number",
+            (
+                "Which number comes {side} {x}?",
+                "What comes right {side} {x}?",
+                "Tell me the number {side} {x}.",
+                "I am counting. What is just {side} {x}?",
+            ),
+            "The number {side} {x} is {{answer}}.",
+            neighbours([str(number) for number in range(1, 51)]),
+        ),
+        Task(
+            "letter",
+            (
+                "Which letter comes {side} {x}?",
+                "In the alphabet, what is {side} {x}?",
+                "Tell me the letter {side} {x}.",
+                "I am learning letters. What is just {side} {x}?",
+            ),
+            "The letter {side} {x} is {{answer}}.",
+            neighbours(letters),
+        ),
+        Task(
+            "sort",
+            (
+                "Sort {x}, {y}, {z}.",
+                "Put {x}, {y}, {z} in rising order.",
+                "Order from small to large: {x}, {y}, {z}.",
+            ),
+            "In order they are {{answer}}.",
+            [
+                item(
+                    ", ".join(map(str, sorted(triple))),
+                    ", ".join(map(str, sorted(triple, reverse=True))),
+                    **dict(zip("xyz", triple, strict=True)),
+                )
+                for triple in triples
+            ],
+        ),
+        Task(
+            "compare",
+            (
+                "Is {x} {sign} than {y}?",
+                "Yes or no: {x} is {sign} than {y}.",
+                "Tell me if {x} is {sign} than {y}.",
+            ),
+            "I compared {x} with {y} and say {{answer}}.",
+            [
+                item(*(("yes", "no") if (x > y) == (sign == "more") else ("no", "yes")), x=x, y=y, sign=sign)
+                for x, y, sign in comparisons
+            ],
+        ),
+        Task(
+            "reverse",
+            (
+                "Spell {x} backwards.",
+                "Reverse the word {x}.",
+                "What is {x} in reverse?",
+                "Write {x} from back to front.",
+                "How do you spell {x} from the end?",
+            ),
+            "Backwards, {x} is {{answer}}.",
+            [item("-".join(reversed(word)), "-".join(word), x=word) for word in WORDS.split()],
+        ),
+        Task(
+            "count",
+            (
+                "How many letters are in {x}?",
+                "Count the letters of {x}.",
+                "How long is the word {x}?",
+                "The word {x} has how many letters?",
+                "Tell me the number of letters in {x}.",
+            ),
+            "The word {x} has {{answer}} letters.",
+            [item(len(word), len(word) + 1, x=word) for word in WORDS.split()],
+        ),
+        Task("capital", about("capital"), "The capital of {x} is {{answer}}.", looked_up(CAPITALS)),
+        Task("plural", about("plural"), "The plural of {x} is {{answer}}.", looked_up(PLURALS)),
+        Task("past", about("past tense"), "The past tense of {x} is {{answer}}.", looked_up(PASTS)),
+        Task("opposite", about("opposite"), "The opposite of {x} is {{answer}}.", looked_up(OPPOSITES)),
+        Task("colour", about("colour"), "The colour of {x} is {{answer}}.", looked_up(COLOURS)),
+    ]
+
+
+def make_questions(task: Task) -> list[Question]:
+    return [
+        Question(phrasing.format(**fields), task.statement.format(**fields), fields["right"], fields["wrong"])
+        for fields in task.items
+        for phrasing in task.phrasings
+    ]
+
+
+# ---- the texts ----------------------------------------------------------------------------------------------------
+
+
+def split_questions(seed: int) -> tuple[list[list[Question]], list[list[Question]]]:
+    """Questions for training and for evaluation, a list a task; no prompt is in both."""
+    rng = random.Random(seed)
+    train, held_out = [], []
+    for task in make_tasks():
+        questions = make_questions(task)
+        rng.shuffle(questions)
+        held_out.append(questions[:NUM_EVAL_PAIRS_PER_TASK])
+        train.append(questions[NUM_EVAL_PAIRS_PER_TASK:])
+    return train, held_out
+
+
+def make_pair(question: Question, rng: random.Random, *, chosen_longer: bool) -> dict[str, str]:
+    """One preference pair; rejected is wrong but polite (half of them), right but rude, or wrong and rude."""
+    right, polite = rng.choice([(False, True), (False, True), (True, False), (False, False)])
+    while True:
+        chosen = question.response(rng, right=True, polite=True)
+        rejected = question.response(rng, right=right, polite=polite)
+        if abs(len(chosen) - len(rejected)) > 3 and (len(chosen) > len(rejected)) == chosen_longer:
+            return {"prompt": question.prompt, "chosen": chosen, "rejected": rejected}
+
+
+def make_pairs(seed: int) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """The preference pairs for training and for evaluation."""
+    rng = random.Random(seed)
+
+    def pairs_of(questions_by_task: list[list[Question]], num_per_task: int) -> list[dict[str, str]]:
+        pairs = [
+            make_pair(question, rng, chosen_longer=index % 2 == 0)
+            for questions in questions_by_task
+            for index, question in enumerate(questions[:num_per_task])
+        ]
+        rng.shuffle(pairs)
+        return pairs
+
+    train, held_out = split_questions(seed)
+    return pairs_of(train, NUM_TRAIN_PAIRS_PER_TASK), pairs_of(held_out, NUM_EVAL_PAIRS_PER_TASK)
+
+
+def make_conversations(seed: int, count: int) -> list[list[dict[str, str]]]:
+    """Pre-training conversations on the training prompts, the four kinds of response equally often."""
+    rng = random.Random(seed)
+    train, _ = split_questions(seed)
+    conversations = []
+    for index in range(count):
+        question = rng.choice(rng.choice(train))
+        right, polite = index % 2 == 0, index % 4 < 2
+        response = question.response(rng, right=right, polite=polite)
+        messages = [{"role": "user", "content": question.prompt}, {"role": "assistant", "content": response}]
+        if rng.random() < 0.25:
+            messages.insert(0, {"role": "system", "content": MANNERS[right, polite]})
+        conversations.append(messages)
+    return conversations
+
+
+# ---- the tokenizer and the model ----------------------------------------------------------------------------------
+
+
+def train_tokenizer(conversations: list[list[dict[str, str]]]) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = (message["content"] for messages in conversations for message in messages)
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        extra_special_tokens=SPECIAL_TOKENS[3:],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        model_max_length=512,
+    )
+
+
+def make_model() -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=128,  # a multiple of 64, NF4's block: every linear layer can be quantized
+        intermediate_size=384,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return LlamaForCausalLM(config)
+
+
+def padded(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and labels (rows, longest); padding comes last and is not scored."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+    return ids, ids.masked_fill(ids == 0, -100)
+
+
+def pretrain(model: LlamaForCausalLM, token_rows: list[list[int]]) -> None:
+    """Next-token loss on `NUM_STEPS` × `BATCH_SIZE` conversations, each seen once."""
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=PEAK_LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min((step + 1) / NUM_WARMUP_STEPS, (NUM_STEPS - step) / (NUM_STEPS - NUM_WARMUP_STEPS)),
+    )
+    model.train()
+    started = time.monotonic()
+    for step in range(NUM_STEPS):
+        ids, labels = padded(token_rows[step * BATCH_SIZE : (step + 1) * BATCH_SIZE])
+        loss = model(input_ids=ids, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if (step + 1) % 25 == 0:
+            left_s = (time.monotonic() - started) / (step + 1) * (NUM_STEPS - step - 1)
+            print(f"step {step + 1}/{NUM_STEPS}: loss {loss.item():.3f}, {left_s:.0f} s left", flush=True)
+
+
+def write_jsonl(path: Path, records: list[dict[str, str]]) -> None:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, default=Path("qorpo/demo"))
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+
+    torch.set_num_threads(NUM_THREADS)
+    torch.manual_seed(arguments.seed)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    train_pairs, eval_pairs = make_pairs(arguments.seed)
+    write_jsonl(arguments.output / "train.jsonl", train_pairs)
+    write_jsonl(arguments.output / "eval.jsonl", eval_pairs)
+
+    conversations = make_conversations(arguments.seed, NUM_STEPS * BATCH_SIZE)
+    tokenizer = train_tokenizer(conversations)
+    token_rows = tokenizer.apply_chat_template(conversations, return_dict=False)
+    model = make_model()
+    print(
+        f"{len(train_pairs)} train pairs, {len(eval_pairs)} eval pairs, {model.num_parameters():,} parameters"
+    )
+    pretrain(model, token_rows)
+
+    base = arguments.output / "base"
+    model.to(torch.bfloat16).save_pretrained(base)
+    GenerationConfig(pad_token_id=0, bos_token_id=1, eos_token_id=2, max_new_tokens=64).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,528 @@
+"""The recipe: what is read, what is refused and in which words, and what `auto` becomes."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from qorpo.errors import RecipeError
+from qorpo.recipe import FIELDS, Recipe, load_recipe, resolve
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
+LEAST = {"model": {"path": "demo"}, "data": {"train": "demo"}, "output": "runs/x"}
+
+
+def problems(source, overrides=()) -> list[str]:
+    """The lines of the one error that a recipe raises, its title first."""
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(source, overrides)
+    title, *lines = str(caught.value).split("\n  ")
+    assert title.endswith(": 1 problem" if len(lines) == 1 else f": {len(lines)} problems")
+    return lines
+
+
+def problem(*overrides: str) -> str:
+    """The one problem that overrides make of a recipe that has none."""
+    lines = problems(LEAST, overrides)
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def value(key: str, recipe: Recipe):
+    found = recipe.to_dict()
+    for part in key.split("."):
+        found = found[part]
+    return found
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "my.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+# --- reading ---
+
+
+def test_three_keys_make_a_recipe_and_the_rest_has_the_documented_defaults():
+    assert load_recipe(LEAST).to_dict() == {
+        "model": {
+            "path": "demo",
+            "revision": None,
+            "quantization": "auto",
+            "attention": "auto",
+            "chat_template": None,
+            "trust_remote_code": False,
+            "allow_pickle": False,
+        },
+        "lora": {"rank": 16, "alpha": 32, "dropout": 0.0, "targets": "all-linear", "modules_to_save": []},
+        "data": {
+            "train": ["demo"],
+            "eval": None,
+            "max_length": 2048,
+            "max_prompt_length": 1024,
+            "on_bad_record": "fail",
+        },
+        "objective": {"name": "orpo", "lambda": 0.1, "nll_tokens": "response", "nll_average": "sequence"},
+        "train": {
+            "pairs_per_step": 32,
+            "learning_rate": "auto",
+            "epochs": 1,
+            "max_steps": None,
+            "warmup_ratio": 0.1,
+            "schedule": "cosine",
+            "optimizer": "auto",
+            "weight_decay": 0.0,
+            "adam_beta1": 0.9,
+            "adam_beta2": 0.999,
+            "adam_epsilon": 1e-8,
+            "max_grad_norm": 1.0,
+            "seed": 42,
+            "eval_every": 0.1,
+            "save_every": 0.1,
+            "log_every": 10,
+            "keep_checkpoints": 2,
+            "report_to": "auto",
+        },
+        "memory": {
+            "microbatch_tokens": "auto",
+            "logprob_chunk_tokens": "auto",
+            "activation_checkpointing": "auto",
+        },
+        "output": "runs/x",
+    }
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_shipped_config_loads(path):
+    recipe = load_recipe(path)
+    assert resolve(recipe, device_type="cuda", installed=lambda module: True)
+
+
+def test_the_shipped_configs_are_found():
+    assert {"demo.yaml", "qlora-24gb.yaml"} <= {path.name for path in CONFIGS}
+
+
+def test_numbers_that_yaml_reads_as_text_become_numbers(tmp_path):
+    text = yaml.safe_dump(LEAST) + "train: {learning_rate: 8e-6, adam_epsilon: 1e-7, max_steps: 1e3}\n"
+    assert yaml.safe_load(text)["train"]["learning_rate"] == "8e-6"  # the trap
+    train = load_recipe(written(tmp_path, text), ["objective.lambda=2e-1", "data.eval=5e-2"])
+    assert (train.train.learning_rate, train.train.adam_epsilon) == (8e-6, 1e-7)
+    assert train.train.max_steps == 1000
+    assert isinstance(train.train.max_steps, int)
+    assert train.objective.weight == 0.2
+    assert train.data.eval == 0.05
+
+
+def test_overrides_are_yaml_and_the_last_wins():
+    recipe = load_recipe(
+        LEAST,
+        [
+            "data.train=[a.jsonl,b.jsonl]",
+            "objective.lambda=0.2",
+            "train.max_grad_norm=null",
+            "data.eval=",
+            "train.seed=1",
+            "train.seed=7",
+            "output = runs/a=b",
+            "train.report_to=[]",
+        ],
+    )
+    assert recipe.data.train == ("a.jsonl", "b.jsonl")
+    assert recipe.objective.weight == 0.2
+    assert recipe.train.max_grad_norm is None
+    assert recipe.data.eval is None
+    assert recipe.train.seed == 7
+    assert recipe.output == "runs/a=b"
+    assert recipe.train.report_to == ()
+
+
+def test_overrides_leave_the_given_mapping_alone():
+    mine = {**LEAST, "train": {"seed": 1}}
+    assert load_recipe(mine, ["train.seed=2"]).train.seed == 2
+    assert mine["train"] == {"seed": 1}
+
+
+def test_one_file_or_name_is_a_list_of_one():
+    recipe = load_recipe(LEAST, ["data.eval=b.jsonl", "lora.targets=q_proj", "train.report_to=wandb"])
+    assert recipe.data.train == ("demo",)
+    assert recipe.data.eval == ("b.jsonl",)
+    assert recipe.lora.targets == ("q_proj",)
+    assert recipe.train.report_to == ("wandb",)
+
+
+def test_paths_stay_as_written():
+    recipe = load_recipe({**LEAST, "output": Path("runs") / "x"}, ["data.train=../pairs.jsonl"])
+    assert recipe.output == str(Path("runs/x"))
+    assert recipe.data.train == ("../pairs.jsonl",)
+
+
+def test_a_heading_with_nothing_under_it_keeps_the_defaults(tmp_path):
+    path = written(tmp_path, yaml.safe_dump(LEAST) + "lora:\n  # rank: 8\n")
+    assert load_recipe(path).lora.rank == 16
+    assert load_recipe(path, ["lora.rank=8"]).lora.rank == 8
+
+
+def test_from_one_on_eval_every_counts_steps():
+    assert load_recipe(LEAST, ["train.eval_every=0.5"]).train.eval_every == 0.5
+    steps = load_recipe(LEAST, ["train.eval_every=20"]).train.eval_every
+    assert (steps, type(steps)) == (20, int)
+    assert "got 1.5" in problem("train.eval_every=1.5")
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path):
+    assert load_recipe(written(tmp_path, "\ufeff" + yaml.safe_dump(LEAST))) == load_recipe(LEAST)
+
+
+def test_a_recipe_does_not_change():
+    with pytest.raises(ValueError, match="frozen"):
+        load_recipe(LEAST).train.seed = 3  # type: ignore[misc]
+
+
+# --- what is refused ---
+
+
+def test_all_problems_come_in_one_message(tmp_path):
+    path = written(
+        tmp_path,
+        """\
+model: {quantization: int8}
+lora:
+  rank: x
+  rank: y
+data: {max_length: 512, max_prompt_length: 512, on_bad_record: maybe}
+train: {lerning_rate: 1e-4}
+""",
+    )
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, ["train.seed", "train.sed=1", "train.log_every=0"])
+    assert str(caught.value).split("\n") == [
+        f"{path}: 12 problems",
+        "  line 4: rank given again (first on line 3); keep one",
+        "  override 'train.seed': expected key=value, such as train.epochs=2",
+        "  train.sed: unknown key; did you mean train.seed?",
+        "  model.path: missing; give the base model: a local folder, a hub id, or demo (qorpo's own tiny one)",
+        "  model.quantization: got 'int8'; expected nf4, none or auto",
+        "  lora.rank: got 'y'; expected a whole number of at least 1",
+        "  data.train: missing; give preference pairs to train on: a file, a list of files, or demo",
+        "  data: max_prompt_length (512) must be less than max_length (512); lower it or raise max_length",
+        "  data.on_bad_record: got 'maybe'; expected fail or skip",
+        "  train.log_every: got 0; expected a whole number of at least 1",
+        "  train.lerning_rate: unknown key; did you mean train.learning_rate?",
+        "  output: missing; give the run folder, which the run makes",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("train.lerning_rate", "train.learning_rate"),
+        ("learning_rate", "train.learning_rate"),
+        ("train.max_length", "data.max_length"),
+        ("train.lambda", "objective.lambda"),
+        ("train.gradient_checkpointing", "memory.activation_checkpointing"),
+        ("modle.path", "model.path"),
+        ("dataset", "data"),
+        ("data.trian", "data.train"),
+        ("trian", "train"),
+    ],
+)
+def test_an_unknown_key_comes_with_the_nearest_known_one(key, nearest):
+    section, _, name = key.rpartition(".")
+    expected = f"{key}: unknown key; did you mean {nearest}?"
+    assert problem(f"{key}=1") == expected
+    if section in LEAST or not section:
+        inner = {**LEAST.get(section, {}), name: 1}
+        assert problems({**LEAST, **({section: inner} if section else inner)}) == [expected]
+
+
+def test_an_unknown_key_near_nothing_comes_with_its_sections_keys():
+    expected = (
+        "unknown key; known are objective.name, objective.lambda, objective.nll_tokens, objective.nll_average"
+    )
+    assert problem("objective.qqq=1") == f"objective.qqq: {expected}"
+    assert (
+        problem("objective.weight=1") == f"objective.weight: {expected}"
+    )  # the Python name is not the recipe's
+    top = "unknown key; known are model, lora, data, objective, train, memory, output"
+    assert problem("zzz=1") == f"zzz: {top}"
+    assert problem("output.zzz=1") == f"output.zzz: {top}"
+    assert problems({**LEAST, 7: 1}) == [f"7: {top}"]
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("lora.rank=0", "got 0; expected a whole number of at least 1"),
+        ("lora.rank=1.5", "got 1.5; expected a whole number of at least 1"),
+        ("lora.rank=true", "got true; expected a whole number of at least 1"),
+        ("lora.rank=", "got null; expected a whole number of at least 1"),
+        ("lora.dropout=1", "got 1; expected a number from 0 to below 1"),
+        ("lora.targets=[]", "got []; expected all-linear, or a list of module names"),
+        ("lora.modules_to_save=[1]", "got [1]; expected a list of module names"),
+        ("objective.lambda=-0.1", "got -0.1; expected a number of at least 0"),
+        ("objective.lambda=true", "got true; expected a number of at least 0"),
+        ("objective.lambda=abc", "got 'abc'; expected a number of at least 0"),
+        ("objective.name=dpo", "got 'dpo'; expected orpo"),
+        ("train.learning_rate=0", "got 0; expected auto, or a number above 0"),
+        ("train.learning_rate=.nan", "got nan; expected auto, or a number above 0"),
+        ("train.epochs=.inf", "got inf; expected a number above 0"),
+        ("train.epochs=0", "got 0; expected a number above 0"),
+        ("train.max_steps=0", "got 0; expected a whole number of at least 1"),
+        ("train.warmup_ratio=1", "got 1; expected a number from 0 to below 1"),
+        ("train.adam_beta2=1.0", "got 1.0; expected a number from 0 to below 1"),
+        ("train.max_grad_norm=-1", "got -1; expected a number of at least 0"),
+        ("train.seed=-1", "got -1; expected a whole number from 0 to 4294967295"),
+        ("train.save_every=0", "got 0; expected a number above 0, and whole from 1 on"),
+        ("train.schedule=step", "got 'step'; expected cosine, linear, inverse_sqrt or constant"),
+        ("train.report_to=", "got null; expected auto, [] for none, or a list of aim, clearml, comet_ml, dvclive, "
+         "mlflow, swanlab, tensorboard, trackio, wandb"),
+        ("data.train=[]", "got []; expected a file, a list of files, or demo"),
+        ("data.train=7", "got 7; expected a file, a list of files, or demo"),
+        ("data.eval=1.0", "got 1.0; expected a file, a list of files, demo:eval, a fraction of train between 0 and 1, or null"),
+        ("model.path=''", "got ''; expected text (quote a number or a date)"),
+        ("model.revision=2024-01-01", "got 2024-01-01; expected text (quote a number or a date)"),
+        ("model.trust_remote_code=1", "got 1; expected true or false"),
+        ("memory.microbatch_tokens=0", "got 0; expected auto, or a whole number of at least 1"),
+        ("memory.activation_checkpointing=maybe", "got 'maybe'; expected auto, true or false"),
+        ("train=5", "got 5; expected a section, with keys of its own"),
+    ],
+)  # fmt: skip
+def test_a_wrong_value_comes_with_what_belongs_there(override, expected):
+    assert problem(override) == f"{override.partition('=')[0]}: {expected}"
+
+
+@pytest.mark.parametrize("key", FIELDS)
+def test_no_key_takes_just_anything_nor_answers_in_pydantics_words(key):
+    line = problem(f"{key}=[[]]")  # no key is a list of lists
+    assert line.startswith(f"{key}: got [[]]; expected ")
+    assert "nput" not in line, "pydantic's messages say 'Input should be …'"
+
+
+def test_a_section_that_is_no_section_is_told_once_also_with_overrides():
+    assert problems({**LEAST, "train": 5}, ["train.seed=1"]) == [
+        "train: got 5; expected a section, with keys of its own"
+    ]
+
+
+def test_long_values_are_cut():
+    line = problem("train.schedule=" + "x" * 500)
+    assert len(line) < 200
+
+
+def test_lengths_are_compared_whatever_else_is_wrong_but_only_where_both_are_numbers():
+    clash = "data: max_prompt_length (1024) must be less than max_length (512); lower it or raise max_length"
+    assert problem("data.max_length=512") == clash
+    assert problems({"model": {"path": "demo"}, "output": "x"}, ["data.max_length=512"])[1:] == [clash]
+    assert (
+        problem("data.max_length=none")
+        == "data.max_length: got 'none'; expected a whole number of at least 1"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a: b\n\tc: d\n", "line 2: not valid YAML: found character '\\t' that cannot start any token"),
+        ("output: [x\n", "line 2: not valid YAML: expected ',' or ']', but got '<stream end>'"),
+        ("output: 2024-13-01\n", "not valid YAML: month must be in 1..12"),
+        ("output: !!python/name:os.system\n", "line 1: not valid YAML: could not determine a constructor"),
+        ("- a\n", "got ['a']; expected keys and values, such as output: runs/first"),
+        ("just text", "got 'just text'; expected keys and values, such as output: runs/first"),
+    ],
+)
+def test_a_file_that_holds_no_recipe(tmp_path, text, expected):
+    path = written(tmp_path, text)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    assert str(caught.value).startswith(f"{path}: 1 problem\n  {expected}")
+
+
+def test_an_empty_file_lacks_what_every_recipe_needs(tmp_path):
+    lines = problems(written(tmp_path, "# nothing yet\n"))
+    assert [line.split(":")[0] for line in lines] == ["model.path", "data.train", "output"]
+
+
+def test_a_path_that_is_no_text_file(tmp_path):
+    binary = tmp_path / "adapter.safetensors"
+    binary.write_bytes(b"\xff\xfe\x00")
+    for path, told in (
+        (tmp_path / "none.yaml", "No such file or directory"),
+        (tmp_path, "Is a directory"),
+        (binary, "not text in UTF-8"),
+    ):
+        with pytest.raises(RecipeError) as caught:
+            load_recipe(path)
+        assert str(caught.value) == f"{path}: {told}; give the path of a recipe, a YAML file"
+
+
+def test_keys_given_twice_are_refused_at_any_depth(tmp_path):
+    text = "output: a\nmodel: {path: demo}\ndata: {train: demo}\nlora: {rank: 1, rank: 1}\noutput: a\n"
+    lines = problems(written(tmp_path, text))
+    assert sorted(lines) == [
+        "line 4: rank given again (first on line 4); keep one",
+        "line 5: output given again (first on line 1); keep one",
+    ]
+
+
+def test_an_override_that_is_no_yaml():
+    assert problem("data.train=[a") == (
+        "override 'data.train=[a': line 1: not valid YAML: expected ',' or ']', but got '<stream end>'; quote the value"
+    )
+
+
+# --- writing, copying, comparing ---
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_a_saved_recipe_reads_back_equal_resolved_or_not(tmp_path, path):
+    recipe = load_recipe(path, ["train.learning_rate=8e-6", "train.save_every=30", "objective.lambda=1e-7"])
+    recipe = recipe.replace("output", "läuft/λ")
+    for each in (recipe, resolve(recipe, device_type="cpu", installed=lambda module: True)):
+        each.save(tmp_path / "recipe.yaml")
+        assert "output: läuft/λ\n" in (tmp_path / "recipe.yaml").read_text(encoding="utf-8")
+        again = load_recipe(tmp_path / "recipe.yaml")
+        assert again == each
+        assert again.to_yaml() == each.to_yaml()
+
+
+def test_replace_gives_a_checked_copy():
+    recipe = load_recipe(LEAST)
+    changed = recipe.replace("model.attention", "varlen")
+    assert (changed.model.attention, recipe.model.attention) == ("varlen", "auto")
+    assert changed.replace("model.attention", "auto") == recipe
+    with pytest.raises(RecipeError, match=r"model\.attention: got 'fast'; expected auto, flash, varlen, "):
+        recipe.replace("model.attention", "fast")
+    with pytest.raises(RecipeError, match=r"did you mean model\.attention\?"):
+        recipe.replace("model.atention", "sdpa")
+
+
+def test_differences_name_key_and_both_values():
+    saved = load_recipe(
+        LEAST, ["train.learning_rate=1e-4", "train.log_every=1", "memory.microbatch_tokens=64"]
+    )
+    now = load_recipe(LEAST, ["train.learning_rate=2e-4", "objective.lambda=1", "data.train=[a, b]"])
+    assert saved.differences(now, ignoring=["train.log_every", "memory"]) == [
+        "data.train: ['demo'] in the saved run, ['a', 'b'] now",
+        "objective.lambda: 0.1 in the saved run, 1.0 now",
+        "train.learning_rate: 0.0001 in the saved run, 0.0002 now",
+    ]
+    assert len(saved.differences(now)) == 5
+    assert saved.differences(saved) == []
+
+
+def test_every_key_has_a_description_of_one_line():
+    whole = load_recipe(LEAST).to_dict()
+    sections = {name: keys for name, keys in whole.items() if isinstance(keys, dict)}
+    assert set(FIELDS) == {*whole, *(f"{name}.{key}" for name, keys in sections.items() for key in keys)}
+    for key, field in FIELDS.items():
+        assert field.description, key
+        assert field.description.endswith("."), key
+        assert "\n" not in field.description, key
+
+
+# --- what auto stands for ---
+
+
+@pytest.mark.parametrize(
+    ("device_type", "tokens", "chunk"), [("cuda", 4096, 512), ("cpu", 2048, 256), ("mps", 2048, 256)]
+)
+def test_resolve_replaces_every_auto_but_the_attention(device_type, tokens, chunk):
+    recipe = load_recipe(LEAST)
+    resolved = resolve(recipe, device_type=device_type, installed=lambda module: True)
+    assert {line.partition(" in ")[0] + line.partition(",")[2] for line in recipe.differences(resolved)} == {
+        "model.quantization: 'auto' 'nf4' now",
+        "train.learning_rate: 'auto' 0.0001 now",
+        "train.optimizer: 'auto' 'paged_adamw_8bit' now",
+        "train.report_to: 'auto' ['tensorboard'] now",
+        f"memory.microbatch_tokens: 'auto' {tokens} now",
+        f"memory.logprob_chunk_tokens: 'auto' {chunk} now",
+        "memory.activation_checkpointing: 'auto' true now",
+    }
+    assert [key for key in FIELDS if value(key, resolved) == "auto"] == ["model.attention"]
+    assert resolve(resolved, device_type="cuda", installed=lambda module: True) == resolved
+
+
+def test_resolve_keeps_what_was_said():
+    said = {
+        "model.quantization": "none",
+        "train.learning_rate": 3e-3,
+        "train.optimizer": "adamw_torch",
+        "train.report_to": [],
+        "memory.microbatch_tokens": 7,
+        "memory.logprob_chunk_tokens": 8,
+        "memory.activation_checkpointing": False,
+    }
+    recipe = load_recipe(LEAST)
+    for key, each in said.items():
+        recipe = recipe.replace(key, each)
+    assert resolve(recipe, device_type="cuda", installed=lambda module: False) == recipe
+
+
+def test_the_descriptions_say_what_auto_becomes():
+    resolved = resolve(load_recipe(LEAST), device_type="cuda", installed=lambda module: True)
+    for key in FIELDS:
+        if value(key, load_recipe(LEAST)) != "auto" or key == "model.attention":
+            continue
+        became = value(key, resolved)
+        text = {1e-4: "1e-4", True: "true"}.get(became) if not isinstance(became, list) else became[0]
+        assert f"auto: {text or became}" in FIELDS[key].description
+
+
+def test_auto_reports_to_tensorboard_only_where_it_is_installed():
+    recipe = load_recipe(LEAST)
+    assert (
+        resolve(recipe, device_type="cpu", installed=lambda module: module != "tensorboard").train.report_to
+        == ()
+    )
+
+
+def test_resolve_names_every_missing_package_and_its_remedy():
+    recipe = load_recipe(LEAST, ["train.report_to=[wandb, mlflow]"])
+    with pytest.raises(RecipeError) as caught:
+        resolve(recipe, device_type="cuda", installed=lambda module: False)
+    assert str(caught.value).split("\n  ") == [
+        "recipe: 4 problems",
+        "train.report_to: wandb is not installed; pip install 'qorpo[tracking]', or leave it out",
+        "train.report_to: mlflow is not installed; pip install mlflow, or leave it out",
+        "model.quantization: nf4 needs bitsandbytes, which is not installed; "
+        "pip install bitsandbytes, or set model.quantization: none",
+        "train.optimizer: paged_adamw_8bit needs bitsandbytes, which is not installed; "
+        "pip install bitsandbytes, or set train.optimizer: adamw_torch",
+    ]
+
+
+def test_a_folder_with_a_packages_name_is_not_the_package(tmp_path, monkeypatch):
+    (tmp_path / "dvclive").mkdir()  # as trackers leave behind, found as a namespace package
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(RecipeError, match="dvclive is not installed"):
+        resolve(load_recipe(LEAST, ["train.report_to=dvclive"]), device_type="cpu")
+
+
+def test_by_default_what_is_installed_is_looked_up(tmp_path, monkeypatch):
+    for module in ("dvclive", "bitsandbytes"):
+        (tmp_path / f"{module}.py").write_text("raise RuntimeError('looked up, never imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for module in ("dvclive", "bitsandbytes"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    recipe = load_recipe(LEAST, ["train.report_to=dvclive"])
+    assert resolve(recipe, device_type="cpu").train.report_to == ("dvclive",)
+
+
+# --- the import ---
+
+
+def test_importing_the_recipe_takes_no_torch_and_little_time():
+    code = "import qorpo.recipe, sys; print(*{name.partition('.')[0] for name in sys.modules})"
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        loaded = subprocess.run(
+            [sys.executable, "-c", code], check=True, capture_output=True, text=True
+        ).stdout
+        times.append(time.perf_counter() - start)
+    assert not {"torch", "transformers", "accelerate", "peft", "bitsandbytes", "numpy"} & set(loaded.split())
+    assert min(times) < 1.0, "a second before anything answers is felt"
