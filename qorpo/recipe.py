@@ -429,12 +429,12 @@ def _shown(value: Any) -> str:
 def resolve(
     recipe: Recipe,
     *,
-    device_type: Literal["cuda", "cpu", "mps"],
+    device_type: str,
     installed: Callable[[str], bool] | None = None,
 ) -> Recipe:
     """A copy with every `auto` replaced but model.attention, which is settled as the model loads.
 
-    `installed` tells whether a module can be imported. Raises RecipeError where the recipe needs one that can't.
+    `device_type` is torch's ("cuda", "cpu", …). `installed` tells whether a module can be imported. Raises RecipeError where the recipe needs one that can't.
     """
     installed = installed or _importable
     cuda = device_type == "cuda"

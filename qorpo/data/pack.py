@@ -5,7 +5,7 @@ prompt's last token predicts the first token of both responses. What may attend 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -34,9 +34,8 @@ class PackedPairs:
     scores_prompts: bool
 
     def to(self, device: torch.device) -> "PackedPairs":
-        tensors = (self.input_ids, self.position_ids, self.predictors, self.targets, self.sides)
-        moved = (tensor.to(device, non_blocking=True) for tensor in tensors)
-        return PackedPairs(*moved, self.lengths, self.scores_prompts)
+        names = ("input_ids", "position_ids", "predictors", "targets", "sides")
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
 
 def row_tokens(pair: TokenizedPair) -> int:

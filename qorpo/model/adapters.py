@@ -1,29 +1,28 @@
 """LoRA adapters by PEFT: attached, found again, and computed in the base's own precision."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
-from torch.utils.checkpoint import checkpoint
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers import PreTrainedModel
 
 from qorpo.errors import ModelError
 
 
 def attach_lora(
-    model: nn.Module,
+    model: PreTrainedModel,
     *,
     rank: int = 16,
-    alpha: float = 32,
+    alpha: int = 32,
     dropout: float = 0.0,
     targets: str | Sequence[str] = "all-linear",
     modules_to_save: Sequence[str] = (),
-) -> nn.Module:
+) -> PeftModel:
     """Freeze `model` and put LoRA on `targets`; whole copies of `modules_to_save` train beside it.
 
     What trains is kept in float32 (a bfloat16 weight would lose small updates), and is cast to the activations' type
@@ -62,11 +61,11 @@ def attach_lora(
     return peft_model
 
 
-def output_head(model: nn.Module) -> nn.Module:
+def output_head(model: Any) -> Any:
     """The module whose weight (V, H) makes logits: the trained copy where there is one."""
     head = model.get_output_embeddings()
     if isinstance(head, ModulesToSaveWrapper):
-        return head.modules_to_save[head.active_adapter]
+        return head.modules_to_save[head.active_adapter]  # type: ignore[index]
     if head is None:
         raise ModelError(f"{type(model).__name__} has no output head; qorpo trains causal language models")
     return head
@@ -107,28 +106,7 @@ def _train_in_float32(wrapper: Any) -> None:
             module.__class__ = _CastLinear
         elif isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward:
             module.__class__ = _CastEmbedding
-            module.compute_dtype = dtype
+            module.compute_dtype = dtype  # type: ignore[assignment]
         else:
             continue
         module.float()
-
-
-def checkpoint_layers(model: nn.Module) -> int:
-    """Recompute each decoder layer in backward instead of keeping its activations; returns how many layers.
-
-    The layer's own forward is wrapped, the same in every version of transformers, so that module names, state dicts
-    and hooks (which stay outside, as FSDP wants them) are untouched. Non-reentrant: inputs need no gradient.
-    """
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    for layer in layers:
-        layer.forward = _recomputed(layer.forward)
-    return len(layers)
-
-
-def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-
-    return run

@@ -230,7 +230,7 @@ def _varlen(layout, query, key, value, scale, dropout, window, softcap) -> torch
 
 
 @cache
-def _torch_varlen() -> tuple[Callable[..., torch.Tensor], frozenset[str]]:
+def _torch_varlen() -> tuple[Callable[..., Any], frozenset[str]]:
     """The function and its options: window, scale and grouped heads came release by release."""
     from torch.nn.attention.varlen import varlen_attn
 

@@ -29,6 +29,8 @@ class PairScorer(nn.Module):
     Forward and backward belong inside `with scorer.attending():`, since checkpointing recomputes attention.
     """
 
+    model: Any  # of transformers, with or without PEFT adapters
+
     def __init__(self, model: nn.Module, mode: Mode = "sdpa", chunk_tokens: int = 256):
         super().__init__()
         self.model = model

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from qorpo.data.pack import PackedPairs, pack_pairs
 from qorpo.data.tokenize import TokenizedPair
@@ -21,7 +20,7 @@ logger = logging.getLogger(__name__)
 TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 
 
-def make_scorer(model: nn.Module, attention: str = "auto", chunk_tokens: int = 256) -> PairScorer:
+def make_scorer(model: Any, attention: str = "auto", chunk_tokens: int = 256) -> PairScorer:
     """A scorer whose log-probs were found equal to the model's own, by the best way of attending that the model allows.
 
     Args:
@@ -53,7 +52,7 @@ def make_scorer(model: nn.Module, attention: str = "auto", chunk_tokens: int = 2
     )  # fmt: skip
 
 
-def candidates(model: nn.Module) -> Sequence[Mode]:
+def candidates(model: Any) -> Sequence[Mode]:
     """Modes to try, best first: kernels that are here and have what the model needs, then the plain ones."""
     plain: list[Mode] = ["sdpa", "dense", "unshared"]
     if model.device.type != "cuda" or model.dtype not in (torch.float16, torch.bfloat16):
@@ -68,7 +67,7 @@ def candidates(model: nn.Module) -> Sequence[Mode]:
     return [*kernels, *plain]
 
 
-def own_logps(model: nn.Module, packed: PackedPairs) -> torch.Tensor:
+def own_logps(model: Any, packed: PackedPairs) -> torch.Tensor:
     """(S,) log-probs by the plainest way there is: the model's own logits of each sequence alone."""
     logps = []
     for ids_1T, predictors, targets in sequences(packed):
@@ -117,13 +116,13 @@ def _report(mode: Mode, failures: list[str]) -> None:
         logger.info("attention: %s, each prompt once%s", mode, reasons)
 
 
-def _probe_pairs(model: nn.Module) -> PackedPairs:
+def _probe_pairs(model: Any) -> PackedPairs:
     """Two short pairs of fixed pseudo-random tokens."""
-    vocab_size: Any = model.config.get_text_config().vocab_size
+    vocab_size = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
 
-    def tokens(count: int) -> list[int]:
-        return torch.randint(vocab_size, (count,), generator=generator).tolist()
+    def tokens(count: int) -> tuple[int, ...]:
+        return tuple(torch.randint(vocab_size, (count,), generator=generator).tolist())
 
     pairs = [
         TokenizedPair(tokens(prompt), tokens(chosen), tokens(rejected), "self-check")

@@ -28,7 +28,6 @@ class TrainState:
     step: int = 0  # optimizer steps done
     best_step: int | None = None  # the step with the lowest evaluation loss so far
     best_loss: float | None = None
-    elapsed_s: float = 0.0  # training time, evaluation and checkpoints left out
 
 
 def save_checkpoint(
@@ -69,7 +68,7 @@ def load_adapter(folder: Path, model: PeftModel) -> None:
     """Put saved adapter weights into a model with the same adapter."""
     try:
         weights = load_file(folder / "adapter_model.safetensors", device="cpu")
-        outcome = set_peft_model_state_dict(model, weights)
+        outcome: Any = set_peft_model_state_dict(model, weights)
     except (OSError, SafetensorError, RuntimeError, KeyError) as error:
         raise _unusable(folder, error) from error
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -17,8 +17,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qorpo.data.records import PreferencePair
 from qorpo.data.tokenize import ChatFormat, Tokenized, TokenizedPair, tokenize_pairs
 from qorpo.errors import ModelError, RunError
-from qorpo.model.adapters import attach_lora, checkpoint_layers
+from qorpo.model.adapters import attach_lora
 from qorpo.model.load import read_chat_template
+from qorpo.model.recompute import checkpoint_layers
 from qorpo.model.selfcheck import make_scorer
 from qorpo.recipe import DataRecipe, Recipe, resolve
 from qorpo.training.checkpoint import TrainState, load_adapter, load_checkpoint, save_adapter, save_checkpoint
@@ -81,7 +82,7 @@ class Trainer:
             model, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout,
             targets=lora.targets, modules_to_save=lora.modules_to_save,
         )  # fmt: skip
-        scorer = make_scorer(self.model, recipe.model.attention, recipe.memory.logprob_chunk_tokens)
+        scorer = make_scorer(self.model, recipe.model.attention, int(recipe.memory.logprob_chunk_tokens))
         self.recipe = recipe.replace("model.attention", scorer.mode)
         if recipe.memory.activation_checkpointing:
             checkpoint_layers(self.model)
@@ -92,9 +93,8 @@ class Trainer:
         )
         self.schedule = make_schedule(self.optimizer, recipe.train, self.total_steps)
         self.state = TrainState()
-        self._unwritten: list[
-            dict[str, Any]
-        ] = []  # metrics of steps since the last flush, still on the device
+        # Since the last flush: each step's totals and metrics (still on the device), and the time they took.
+        self._unwritten: list[tuple[StepTotals, dict[str, Any]]] = []
         self._interval_s = 0.0
 
     # --- the run's shape ---
@@ -224,56 +224,44 @@ class Trainer:
         self.schedule.step()
         self.optimizer.zero_grad()
         self.state.step += 1
-        totals = StepTotals.of(pairs, self.recipe.objective)
-        row = means | {"grad_norm": grad_norm, "learning_rate": learning_rate}
-        self._unwritten.append(
-            {"step": self.state.step, "pairs": totals.pairs, "tokens": totals.row_tokens, "row": row}
-        )
+        row = {**means, "grad_norm": grad_norm, "learning_rate": learning_rate}
+        self._unwritten.append((StepTotals.of(pairs, self.recipe.objective), row))
         self._interval_s += time.perf_counter() - started
 
     def _flush_metrics(self) -> dict[str, float]:
-        """Write the steps since the last flush, a line each: the one place that waits for the device."""
-        if not self._unwritten:
-            return {}
+        """Write the steps since the last flush, a line each, and return their means: the one wait for the device."""
         started = time.perf_counter()
-        names = list(self._unwritten[0]["row"])
         device = self.accelerator.device
+        names = list(self._unwritten[0][1])
         entries = [
-            torch.as_tensor(step["row"][name], dtype=torch.float64, device=device)
-            for step in self._unwritten
+            torch.as_tensor(row[name], dtype=torch.float64, device=device)
+            for _, row in self._unwritten
             for name in names
         ]
         values = torch.stack(entries).view(-1, len(names)).tolist()
         self._interval_s += time.perf_counter() - started
-        self.state.elapsed_s += self._interval_s
         speeds = {
-            "tokens_per_second": sum(step["tokens"] for step in self._unwritten) / self._interval_s,
-            "pairs_per_second": sum(step["pairs"] for step in self._unwritten) / self._interval_s,
+            "tokens_per_second": sum(totals.row_tokens for totals, _ in self._unwritten) / self._interval_s,
+            "pairs_per_second": sum(totals.pairs for totals, _ in self._unwritten) / self._interval_s,
             "peak_memory_gib": peak_memory_gib(device),
         }
-        rows = [
-            {
-                "step": step["step"],
-                "epoch": step["step"] / self.steps_per_epoch,
-                **dict(zip(names, row, strict=True)),
-                **speeds,
-            }
-            for step, row in zip(self._unwritten, values, strict=True)
-        ]
+        first = self.state.step - len(values) + 1
         self._unwritten, self._interval_s = [], 0.0
+
+        rows = []
+        for step, row in enumerate(values, start=first):
+            metrics = {"epoch": step / self.steps_per_epoch, **dict(zip(names, row, strict=True)), **speeds}
+            rows.append({"step": step, **metrics})
+            self.accelerator.log(metrics, step=step)
         self.folder.append_metrics(rows)
         for row in rows:
-            self.accelerator.log(
-                {name: value for name, value in row.items() if name != "step"}, step=row["step"]
-            )
-        for row in rows:
-            if not all(math.isfinite(row[name]) for name in ("loss", "grad_norm")):
+            if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
                 raise RunError(
                     f"step {row['step']}: loss {row['loss']}, gradient norm {row['grad_norm']}: training has diverged; "
-                    "lower train.learning_rate, or raise train.warmup_ratio, and start anew"
+                    "lower train.learning_rate or raise train.warmup_ratio, and start anew"
                 )
         means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
-        self.progress.logged(self.state.step, means | speeds)
+        self.progress.logged(self.state.step, means)
         return means
 
     def _evaluate_and_log(self) -> dict[str, float]:

@@ -111,6 +111,13 @@ def test_one_large_prompt_does_not_swamp_eval():
         assert len(split_by_prompt(pairs, 0.05, seed)[1]) == 5
 
 
+@pytest.mark.parametrize(("fraction", "num_eval"), [(0.001, 1), (0.999, 50)])
+def test_a_side_that_would_be_empty_gets_the_smallest_prompt(fraction, num_eval):
+    pairs = [pair("large", n) for n in range(50)] + [pair("small", 50)]
+    for seed in range(10):
+        assert len(split_by_prompt(pairs, fraction, seed)[1]) == num_eval
+
+
 def test_split_carries_the_sources():
     sources = [{"path": "a.jsonl", "sha256": "00"}]
     pairs = PairSet([pair("Q"), pair("R")], DataReport(kept=2, dropped={"empty": 3}, sources=sources))

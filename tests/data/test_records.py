@@ -112,6 +112,7 @@ def test_answers_keep_their_own_whitespace():
             "missing_column",
             "'chosen' is no HH-RLHF transcript",
         ),
+        ({"chosen": "", "rejected": ""}, "missing_column", "'chosen' is no HH-RLHF transcript but text ('')"),
         (["Q", "good", "bad"], "not_object", "a list (['Q', 'good', 'bad'])"),
         (7, "not_object", "a number (7)"),
         (None, "not_object", "null"),

@@ -51,7 +51,7 @@ LLAMA2 = MISTRAL.replace("m['content'] + eos_token", "m['content'] | trim + ' ' 
 # Writes the stop on a line of its own, and an open thought before the answer, as reasoning models do.
 THINKING = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}{% if m['role'] == 'assistant' %}{{ '<think></think>' }}"
-    "{% endif %}{{ m['content'] + '\n</s>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    "{% endif %}{{ m['content'] + '\n<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 CHANNELS = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}{% if m['role'] == 'assistant' %}{{ '<|im_start|>' }}"
@@ -188,9 +188,9 @@ FORMATS = {
     "thinking": (
         lambda: byte_level(THINKING),
         None,
-        "</s>",
-        "<|user|>what is a colour?\n</s><|assistant|>",
-        "<think></think>Red is a colour.\n</s>",
+        "<|eot_id|>",
+        "<|user|>what is a colour?\n<|eot_id|><|assistant|>",
+        "<think></think>Red is a colour.\n<|eot_id|>",
     ),
     "channels": (
         lambda: byte_level(CHANNELS),
@@ -285,6 +285,13 @@ def test_a_tokenizer_that_puts_a_space_first_puts_none_in_a_response(template, f
     assert tokenizer.convert_ids_to_tokens(tokens.rejected_ids)[-3:] == ["<0x0A>", "hi", "</s>"]
 
 
+def test_a_response_that_would_merge_with_what_is_put_before_it_is_tokenized_alone():
+    tokenizer = sentencepiece_like(CHATML)
+    tokenizer.add_tokens([AddedToken("\n\n", normalized=False)])
+    tokens = tokenize_one(ChatFormat(tokenizer), pair("\nhi"))
+    assert list(tokens.chosen_ids[:-1]) == tokenizer("\nhi", add_special_tokens=False)["input_ids"]
+
+
 def test_the_plain_template_writes_whole_conversations():
     tokenizer = byte_level()
     ChatFormat(tokenizer)
@@ -335,9 +342,15 @@ def test_special_tokens_spelled_in_an_answer_are_text(name, spelled):
     assert answer in chat_format.tokenizer.decode(tokens.chosen_ids)
 
 
-def test_special_tokens_that_cannot_be_told_from_the_template_s_drop_the_pair():
+def test_special_tokens_of_the_template_stay_tokens_in_a_response():
     chat_format = ChatFormat(byte_level(CHANNELS))
-    assert drop_reasons(chat_format, pair(chosen="a </s> b")) == {"special_token_in_response": 1}
+    assert tokenize_one(chat_format, pair()).chosen_ids[0] == SPECIAL.index("<|im_start|>")
+
+
+@pytest.mark.parametrize("spelled", ["</s>", "<|eot_id|>"])
+def test_special_tokens_that_cannot_be_told_from_the_template_s_drop_the_pair(spelled):
+    chat_format = ChatFormat(byte_level(CHANNELS))
+    assert drop_reasons(chat_format, pair(chosen=f"a {spelled} b")) == {"special_token_in_response": 1}
 
 
 def test_a_stop_token_that_cannot_be_spelled_drops_the_pair():
