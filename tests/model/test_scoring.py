@@ -107,14 +107,15 @@ RECURRENT = {
 
 @pytest.mark.parametrize("model_type", RECURRENT)
 def test_recurrent_layers_run_unshared_and_the_log_says_so(model_type, caplog):
-    model = build(model_type, RECURRENT[model_type])
+    model = build(model_type, RECURRENT[model_type]).float()
     caplog.set_level(logging.WARNING, logger="qorpo")
     scorer = make_scorer(model)
     assert scorer.mode == "unshared"
     assert "unshared" in caplog.text
     assert "can't share a row" in caplog.text
     packed = pack_pairs(pairs(), score_prompts=True)
-    torch.testing.assert_close(scorer(packed), own_logps(model, packed), rtol=0, atol=1e-5)
+    own_S = own_logps(model, packed)
+    torch.testing.assert_close(scorer(packed), own_S, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", ["sdpa", "dense"])
@@ -182,6 +183,6 @@ class RecordSizes(torch.utils._python_dispatch.TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         # The head's own weight shows up transposed: only what is a row's counts.
-        if isinstance(result, torch.Tensor) and result.shape[-1] == 97:
+        if isinstance(result, torch.Tensor) and result.shape[-1:] == (97,):
             self.sizes.append(result.numel())
         return result

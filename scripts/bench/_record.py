@@ -1,0 +1,137 @@
+"""What the benchmarks share: one JSON line a result, and the memory that a stretch of code takes."""
+
+import argparse
+import ctypes
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "trl", "liger-kernel", "qorpo")
+MIB = 2**20
+
+
+def emit(
+    bench: str, settings: dict[str, Any], figures: dict[str, Any], device: str, output: Path | None
+) -> dict[str, Any]:
+    """Print a result as one JSON line, append it to `output`, and return it."""
+    line = {
+        "bench": bench,
+        "settings": settings,
+        "figures": figures,
+        "device": {"name": device_name(device), "threads": torch.get_num_threads()},
+        "versions": {name: version(name) for name in PACKAGES},
+        "commit": commit(),
+        "command": shlex.join(_short(argument) for argument in ["python", *sys.argv]),
+    }
+    text = json.dumps(line)
+    print(text, flush=True)
+    if output is not None:
+        with output.open("a", encoding="utf-8") as file:
+            file.write(text + "\n")
+    return line
+
+
+def add_output_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", type=Path, metavar="FILE", help="append the JSON lines to this file")
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        if package != "qorpo":
+            return None
+    import tomllib  # run from a checkout that is not installed
+
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def commit() -> str | None:
+    """The checkout's commit; a + behind it where tracked files differ from it."""
+    try:
+        answer = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"],
+            cwd=ROOT, capture_output=True, text=True, check=True, timeout=10,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip()
+
+
+def device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    try:
+        info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        name = next(line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores"
+
+
+class ExtraMemory:
+    """The most memory taken above what was held when this was made.
+
+    On CUDA by the allocator's count; elsewhere by the process's resident set, whose high-water mark Linux lets a
+    process reset. Where it does not, the mark is of the whole process so far, and `is_reset` is False.
+    """
+
+    def __init__(self, device: str):
+        self.device = device
+        self.is_reset = True
+        if device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+            return
+        _trim()
+        try:
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+            self.before = _status_bytes("VmRSS")
+        except OSError:
+            self.is_reset = False
+            self.before = _peak_of_process()
+
+    def peak_mib(self) -> float:
+        if self.device == "cuda":
+            peak = torch.cuda.max_memory_allocated()
+        else:
+            peak = _status_bytes("VmHWM") if self.is_reset else _peak_of_process()
+        return (peak - self.before) / MIB
+
+
+def _status_bytes(name: str) -> int:
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {name}")
+
+
+def _peak_of_process() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _trim() -> None:
+    """Give freed memory back to the system, so that using it again counts."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError):
+        pass  # not glibc
+
+
+def _short(argument: str) -> str:
+    """An absolute path means nothing elsewhere: its last part does."""
+    return os.path.basename(argument.rstrip("/")) if argument.startswith("/") else argument

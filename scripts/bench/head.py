@@ -1,0 +1,204 @@
+"""ORPO's head alone: from hidden states to the loss and back, of one pair, with a frozen output head.
+
+    python scripts/bench/head.py --tokens 2048 --hidden 1024 --vocab 32000 --threads 2
+
+Compared, each in a process of its own:
+
+    plain        F.linear, log_softmax, gather; gradients by autograd
+    liger        Liger's fused linear ORPO loss as it comes (torch.compile on), where liger-kernel is installed
+    liger-eager  the same, not compiled
+    qorpo        qorpo.token_logps and orpo_loss
+    products     the two matrix products that none of them can do without, into memory that is there already
+
+Half of the tokens are the chosen response's, half the rejected's. The processes take turns, so that a change in the
+machine's speed meets all of them; a time is the median over `--repeats` turns, a ratio the median of the turns'
+ratios. Memory is the most held above the inputs in a first full-size call, after a small one that loads libraries.
+One JSON line a side, then one with qorpo's ratios and whether loss and gradient norm agree.
+"""
+
+import argparse
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from _record import ExtraMemory, add_output_option, emit
+
+from qorpo.objectives.orpo import orpo_loss
+from qorpo.ops.log_probs import token_logps, token_logps_plain
+
+# The most that qorpo's head may take of what the others take.
+TARGETS = {
+    "memory_of_plain": 0.10,
+    "memory_of_liger": 0.10,
+    "time_of_plain": 0.9,
+    "time_of_liger": 0.8,
+    "time_of_products": 1.3,
+}
+AGREEMENT = {"float32": 1e-5, "bfloat16": 1e-2}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+# hidden (S, H), weight (V, H), targets (S,) -> loss
+Side = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=2048, help="scored tokens of the pair, both halves")
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--vocab", type=int, default=32000)
+    parser.add_argument("--dtype", choices=list(DTYPES), default="float32")
+    parser.add_argument("--chunk-tokens", type=int, default=256)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--sides", default="plain,liger,liger-eager,qorpo,products")
+    add_output_option(parser)
+    settings = vars(parser.parse_args())
+    output, names = settings.pop("output"), settings.pop("sides").split(",")
+    torch.set_num_threads(settings["threads"])
+
+    results = measure(names, settings)
+    for name, figures in results.items():
+        emit("head", {"side": name, **settings}, figures, settings["device"], output)
+    if "qorpo" in results and "error" not in results["qorpo"]:
+        figures = compare(results, AGREEMENT[settings["dtype"]])
+        emit("head", {"side": "ratios", **settings}, figures, settings["device"], output)
+
+
+def measure(names: list[str], settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Figures of each side, by its name; {"error": …} where it can't run."""
+    context = multiprocessing.get_context("spawn")
+    pipes, results, processes = {}, {}, []
+    for name in names:  # one after the other: no two first calls at once
+        pipes[name], theirs = context.Pipe()
+        processes.append(context.Process(target=serve, args=(name, settings, theirs), daemon=True))
+        processes[-1].start()
+        theirs.close()
+        results[name] = _receive(pipes[name])
+    running = [name for name in names if "error" not in results[name]]
+    for _ in range(settings["repeats"]):
+        for name in running:
+            pipes[name].send(True)
+            results[name].setdefault("seconds", []).append(_receive(pipes[name]))
+    for name in running:
+        pipes[name].send(False)
+        results[name]["seconds_median"] = statistics.median(results[name]["seconds"])
+    for process in processes:
+        process.join()
+    return results
+
+
+def _receive(pipe: Any) -> Any:
+    try:
+        return pipe.recv()
+    except EOFError:
+        return {"error": "the process ended; out of memory?"}
+
+
+def serve(name: str, settings: dict[str, Any], pipe: Any) -> None:
+    """One side's process: the first call's figures, then a time for every message that asks for one."""
+    torch.set_num_threads(settings["threads"])
+    try:
+        run = make_call(name, settings)
+        run(8)
+        memory = ExtraMemory(settings["device"])
+        figures = run(settings["tokens"])
+        pipe.send({"extra_memory_mib": round(memory.peak_mib(), 1), **figures})
+        while pipe.recv():
+            if settings["device"] == "cuda":
+                run(settings["tokens"])  # the cache was given back for the others; fill it again
+                torch.cuda.synchronize()
+            started = time.perf_counter()
+            run(settings["tokens"])
+            pipe.send(time.perf_counter() - started)
+            if settings["device"] == "cuda":
+                torch.cuda.empty_cache()
+    except Exception as error:
+        pipe.send({"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"})
+        raise
+
+
+def make_call(name: str, settings: dict[str, Any]) -> Callable[[int], dict[str, float]]:
+    """A function that does forward and backward of the first so many tokens, and gives loss and gradient norm."""
+    generator = torch.Generator(settings["device"]).manual_seed(0)
+    options: dict[str, Any] = {"generator": generator, "device": settings["device"]}
+    dtype, vocab, hidden = DTYPES[settings["dtype"]], settings["vocab"], settings["hidden"]
+    hidden_SH = torch.randn(settings["tokens"], hidden, dtype=dtype, **options)
+    weight_VH = torch.randn(vocab, hidden, dtype=dtype, **options).mul_(hidden**-0.5)
+    targets_S = torch.randint(vocab, (settings["tokens"],), **options)
+
+    def products(tokens: int) -> dict[str, float]:
+        torch.mm(hidden_SH[:tokens], weight_VH.T, out=logits_SV[:tokens])
+        torch.mm(logits_SV[:tokens], weight_VH, out=grad_SH[:tokens])
+        return {"last": grad_SH[tokens - 1, -1].item()}  # waits for the device
+
+    if name == "products":
+        logits_SV, grad_SH = hidden_SH.new_zeros(settings["tokens"], vocab), torch.zeros_like(hidden_SH)
+        return products
+    loss_of = make_side(name, settings["chunk_tokens"])
+
+    def forward_backward(tokens: int) -> dict[str, float]:
+        leaf_SH = hidden_SH[:tokens].detach().requires_grad_()
+        loss = loss_of(leaf_SH, weight_VH, targets_S[:tokens])
+        (grad_SH,) = torch.autograd.grad(loss, leaf_SH)
+        return {"loss": loss.item(), "grad_norm": grad_SH.norm(dtype=torch.float64).item()}
+
+    return forward_backward
+
+
+def make_side(name: str, chunk_tokens: int) -> Side:
+    def orpo(logps_S: torch.Tensor) -> torch.Tensor:
+        chosen, rejected = logps_S.view(2, 1, -1).mean(-1)
+        return orpo_loss(chosen, rejected, -chosen).loss
+
+    match name:
+        case "plain":
+            return lambda *inputs: orpo(token_logps_plain(*inputs))
+        case "qorpo":
+            return lambda *inputs: orpo(token_logps(*inputs, chunk_tokens=chunk_tokens))
+        case "liger" | "liger-eager":
+            from liger_kernel.chunked_loss import LigerFusedLinearORPOLoss
+
+            fused = LigerFusedLinearORPOLoss(compiled=name == "liger")
+            return lambda hidden_SH, weight_VH, targets_S: fused(
+                weight_VH, hidden_SH.view(2, -1, hidden_SH.shape[-1]), targets_S.view(2, -1)
+            )[0]
+    raise ValueError(f"unknown side {name!r}")
+
+
+def compare(results: dict[str, dict[str, Any]], tolerance: float) -> dict[str, Any]:
+    """qorpo's share of what the others take, against the targets; of Liger's two, the faster and the leaner."""
+    mine = results["qorpo"]
+    others = {name: result for name, result in results.items() if "error" not in result and name != "qorpo"}
+    time_of, memory_of = {}, {}
+    for name, other in others.items():
+        pairs = zip(mine["seconds"], other["seconds"], strict=True)
+        time_of[name] = statistics.median(my_s / other_s for my_s, other_s in pairs)
+        memory_of[name] = mine["extra_memory_mib"] / max(other["extra_memory_mib"], 1e-9)
+    ratios = {}
+    for target in TARGETS:
+        what, _, whom = target.partition("_of_")
+        shares = time_of if what == "time" else memory_of
+        found = [share for name, share in shares.items() if name.startswith(whom)]
+        if found:
+            ratios[target] = round(max(found), 3)
+    differences = {
+        name: {key: abs(mine[key] / other[key] - 1) for key in ("loss", "grad_norm")}
+        for name, other in others.items()
+        if "loss" in other
+    }
+    return {
+        "ratios": ratios,
+        "targets": TARGETS,
+        "reached": {target: ratio <= TARGETS[target] for target, ratio in ratios.items()},
+        "relative_differences": differences,
+        "agrees": all(d <= tolerance for found in differences.values() for d in found.values()),
+        "tolerance": tolerance,
+    }
+
+
+if __name__ == "__main__":
+    main()

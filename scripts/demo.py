@@ -1,0 +1,82 @@
+"""Train the embedded demo and show what it changed: held-out figures before and after, and answers side by side.
+
+Usage: python scripts/demo.py [key.sub=value …]; every run gets a folder of its own under runs/.
+"""
+
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import qorpo
+from qorpo.errors import QorpoError
+from qorpo.training.progress import ConsoleProgress
+
+RECIPE = Path(__file__).parent.parent / "configs" / "demo.yaml"
+FIGURES = {
+    "rewards/accuracies": "reward accuracy (chosen likelier than rejected)",
+    "chosen_logps": "mean log-prob of chosen, a token",
+    "rejected_logps": "mean log-prob of rejected, a token",
+    "log_odds_ratio": "log odds ratio",
+}
+
+
+def main(overrides: list[str]) -> None:
+    console = Console()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("qorpo").setLevel(logging.INFO)
+    output = f"runs/demo-{time.strftime('%Y%m%d-%H%M%S')}"
+    started = time.monotonic()
+    result = qorpo.train(RECIPE, [f"output={output}", *overrides], progress=ConsoleProgress(console))
+    seconds = time.monotonic() - started
+
+    rows = [json.loads(line) for line in (result.output / "metrics.jsonl").read_text().splitlines()]
+    before = next(row for row in rows if "eval_loss" in row)
+    after = next(row for row in rows if "eval_loss" in row and row["step"] == result.best_step)
+    num_pairs = len(result.trainer.eval_pairs)
+    figures = Table(title=f"{num_pairs} held-out pairs, prompts unseen in training", title_justify="left")
+    figures.add_column("")
+    figures.add_column("before", justify="right")
+    figures.add_column("after", justify="right")
+    for name, label in FIGURES.items():
+        figures.add_row(label, f"{before['eval_' + name]:.3f}", f"{after['eval_' + name]:.3f}")
+    console.print(figures)
+
+    answers = Table(title="greedy answers", title_justify="left", show_lines=True)
+    for column in ("prompt", "before", "after"):
+        answers.add_column(column, overflow="fold")
+    for prompt in held_out_prompts(6):
+        with result.trainer.model.disable_adapter():
+            base = answer(result.trainer, prompt)
+        answers.add_row(prompt, base, answer(result.trainer, prompt))
+    console.print(answers)
+    console.print(f"{result.steps} steps in {seconds:.0f} s; adapter: {result.adapter}", soft_wrap=True)
+
+
+def held_out_prompts(count: int) -> list[str]:
+    """Prompts spread over the held-out pairs."""
+    prompts = [pair.prompt[-1]["content"] for pair in qorpo.load_pairs("demo:eval")]
+    return prompts[:: max(1, len(prompts) // count)][:count]
+
+
+def answer(trainer: qorpo.Trainer, prompt: str) -> str:
+    messages = [{"role": "user", "content": prompt}]
+    inputs = trainer.tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    trainer.model.eval()
+    with torch.no_grad():
+        ids = trainer.model.generate(**inputs.to(trainer.model.device), max_new_tokens=60, do_sample=False)
+    return trainer.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except QorpoError as error:
+        sys.exit(f"qorpo: {error}")
