@@ -74,7 +74,5 @@ def _log_to(console: Console) -> None:
         handler = RichHandler(console=console, show_time=False, show_path=False, show_level=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     logging.getLogger("qorpo").setLevel(logging.INFO)
-    # Speaks at import of a kernel for inference that qorpo keeps out of training.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     # transformers and PEFT warn their own callers of renamed attributes; none of it is for qorpo's user to mend.
     warnings.filterwarnings("ignore", category=FutureWarning)

@@ -128,25 +128,17 @@ def packed_attention(
 
 def _sequence_at_a_time(layout, query, key, value, scale, dropout, window, softcap) -> torch.Tensor:
     """The plain path, for every device and type: one call of scaled_dot_product_attention a sequence."""
-    parts = [length for lengths in layout.lengths for length in lengths]
     # Split, not sliced: its backward is one concatenation instead of a zero-filled row for every slice.
-    queries, keys, values = (tensor.split(parts, dim=2) for tensor in (query, key, value))
+    parts = [tokens for prompt, chosen, rejected in layout.lengths for tokens in (prompt + chosen, rejected)]
+    queries, keys, values = (iter(tensor.split(parts, dim=2)) for tensor in (query, key, value))
+    options = (scale, dropout, window, softcap)
     outputs = []
-    for first in range(0, len(parts), 3):
-        prompt, chosen, rejected = first, first + 1, first + 2
-        for query_parts, key_parts in (
-            ([prompt, chosen], [prompt, chosen]),
-            ([rejected], [prompt, rejected]),
-        ):
-            outputs.append(
-                _attend_once(
-                    layout,
-                    torch.cat([queries[part] for part in query_parts], dim=2),
-                    torch.cat([keys[part] for part in key_parts], dim=2),
-                    torch.cat([values[part] for part in key_parts], dim=2),
-                    scale, dropout, window, softcap,
-                )
-            )  # fmt: skip
+    for prompt, _, _ in layout.lengths:
+        own_key, own_value = next(keys), next(values)
+        outputs.append(_attend_once(layout, next(queries), own_key, own_value, *options))
+        shared_key = torch.cat([own_key[:, :, :prompt], next(keys)], dim=2)
+        shared_value = torch.cat([own_value[:, :, :prompt], next(values)], dim=2)
+        outputs.append(_attend_once(layout, next(queries), shared_key, shared_value, *options))
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
 

@@ -1,11 +1,13 @@
 """A base model and its tokenizer, from a local folder, a hub, or the embedded demo."""
 
+import importlib.util
 import json
 import logging
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -38,6 +40,8 @@ def load_tokenizer(
         raise ModelError(
             f"{source}: no tokenizer (tokenizer.json, tokenizer.model or vocab.*); copy the base's there"
         )
+    if not Path(source).is_dir():
+        _ask_hub_once(source, revision)
     try:
         return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers raise every kind there is, bare Exception included
@@ -75,13 +79,16 @@ def load_model(
             options["quantization_config"] = _nf4_config(config)
         if not allow_pickle:
             options["use_safetensors"] = True
-        model = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=torch.bfloat16, device_map={"": torch.device(device)}, **options
-        )
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source, config=config, dtype=torch.bfloat16, device_map={"": torch.device(device)},
+            output_loading_info=True, **options,
+        )  # fmt: skip
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         raise ModelError(f"{source}: the model could not be loaded: {_first_line(error)}") from error
-    if quantization == "nf4":
-        _make_nf4_safe_to_train(model)
+    if missing := sorted(report["missing_keys"]):  # transformers fills them with random numbers
+        raise ModelError(f"{source}: {len(missing)} weights are missing, such as {missing[0]}")
+    if quantization == "nf4" and not keep_nf4_trainable(model):
+        logger.warning("quantization: no layer of this model could be quantized; it trains in bfloat16")
     model.requires_grad_(False)
     return model
 
@@ -101,6 +108,20 @@ def _source(path: str) -> str:
             f"model.path: there is no folder {path}; give a model folder, a hub id (org/name), or demo"
         )
     return path
+
+
+def _ask_hub_once(name: str, revision: str | None) -> None:
+    """Raises ModelError where a model is neither cached nor in reach: transformers would retry for a minute."""
+    if try_to_load_from_cache(name, "config.json", revision=revision) is not None:
+        return
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), timeout=10)
+    except HfHubHTTPError:
+        pass  # the hub answered; transformers has the better words for what it said
+    except Exception as error:  # of whichever HTTP library is underneath
+        raise ModelError(
+            f"{name}: there is no such folder, and the hub can't be reached ({_first_line(error)}); give a local folder"
+        ) from error
 
 
 def _check_folder(folder: Path, allow_pickle: bool) -> None:
@@ -136,18 +157,23 @@ def _nf4_config(config: Any) -> Any:
     )
 
 
-def _make_nf4_safe_to_train(model: PreTrainedModel) -> None:
+def keep_nf4_trainable(model: nn.Module) -> int:
     """Keep bitsandbytes from repacking weights in evaluation for a CPU kernel that has no autograd.
 
     On processors with avx512_bf16 a later training forward would run that kernel: gradients are silently wrong.
+    Returns how many layers are in 4 bits.
     """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return 0
     from bitsandbytes.nn import Linear4bit
 
     quantized = [module for module in model.modules() if isinstance(module, Linear4bit)]
     for module in quantized:
         module.support_avx512bf16_for_cpu = False
-    if not quantized:
-        logger.warning("quantization: no layer of this model could be quantized; it trains in bfloat16")
+        shape = tuple(module.weight.quant_state.shape)
+        if shape != (module.out_features, module.in_features):
+            raise ModelError(f"the weights don't fit config.json: {shape} in {module}; is it another model's?")
+    return len(quantized)
 
 
 def _first_line(error: Exception) -> str:

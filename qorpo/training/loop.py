@@ -12,13 +12,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from qorpo.data.records import PreferencePair
 from qorpo.data.tokenize import ChatFormat, Tokenized, TokenizedPair, tokenize_pairs
 from qorpo.errors import ModelError, RunError
 from qorpo.model.adapters import attach_lora
-from qorpo.model.load import read_chat_template
+from qorpo.model.load import keep_nf4_trainable, read_chat_template
 from qorpo.model.recompute import checkpoint_layers
 from qorpo.model.selfcheck import make_scorer
 from qorpo.recipe import DataRecipe, Recipe, resolve
@@ -62,20 +62,21 @@ class Trainer:
         self.progress = progress or Progress()
         self.folder = RunFolder(recipe.output)
 
-        chat = ChatFormat(tokenizer, read_chat_template(recipe.model.chat_template))
-        self.train_pairs = _tokenized(train_pairs, chat, recipe.data)
-        self.eval_pairs = [] if eval_pairs is None else _tokenized(eval_pairs, chat, recipe.data)
+        self.chat = ChatFormat(tokenizer, read_chat_template(recipe.model.chat_template))
+        self.train_pairs = _tokenized(train_pairs, self.chat, recipe.data)
+        self.eval_pairs = [] if eval_pairs is None else _tokenized(eval_pairs, self.chat, recipe.data)
         _check_vocabulary(model, tokenizer, [*self.train_pairs, *self.eval_pairs])
 
         self.accelerator = Accelerator(
             cpu=model.device.type == "cpu",
-            log_with=list(recipe.train.report_to),
+            log_with=list(recipe.train.report_to) or None,
             project_config=ProjectConfiguration(
                 str(self.folder.path), logging_dir=str(self.folder.path / "trackers")
             ),
         )
         if self.accelerator.num_processes > 1:
             raise RunError("qorpo train runs in one process; start it without torchrun or accelerate launch")
+        keep_nf4_trainable(model)
         torch.manual_seed(recipe.train.seed)  # the adapters' first values
         lora = recipe.lora
         self.model: Any = model if isinstance(model, PeftModel) else attach_lora(
@@ -187,10 +188,19 @@ class Trainer:
         return metrics | {"eval_pairs_per_second": len(self.eval_pairs) / seconds}
 
     def save(self, folder: str | Path) -> None:
-        """Write the adapter in PEFT's format, and the tokenizer with its chat template."""
+        """Write the adapter in PEFT's format, the tokenizer with its chat template, and the tokens to stop at.
+
+        generation_config.json names the stop token that was learned beside the base's own, which may differ.
+        """
         Path(folder).mkdir(parents=True, exist_ok=True)
         save_adapter(Path(folder), self.model)
         self.tokenizer.save_pretrained(str(folder))
+        stops = dict.fromkeys([self.chat.stop_token_id, self.tokenizer.eos_token_id])
+        GenerationConfig(
+            eos_token_id=[stop for stop in stops if stop is not None],
+            bos_token_id=self.tokenizer.bos_token_id,
+            pad_token_id=self.tokenizer.pad_token_id,
+        ).save_pretrained(str(folder))
 
     # --- the parts of the run ---
 

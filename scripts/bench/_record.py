@@ -18,6 +18,9 @@ import torch
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "trl", "liger-kernel", "qorpo")
 MIB = 2**20
 
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # the checkout's own qorpo, installed or not
+
 
 def emit(
     bench: str, settings: dict[str, Any], figures: dict[str, Any], device: str, output: Path | None
@@ -55,9 +58,6 @@ def version(package: str) -> str | None:
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
 
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
 def commit() -> str | None:
     """The checkout's commit; a + behind it where tracked files differ from it."""
     try:
@@ -85,7 +85,7 @@ class ExtraMemory:
     """The most memory taken above what was held when this was made.
 
     On CUDA by the allocator's count; elsewhere by the process's resident set, whose high-water mark Linux lets a
-    process reset. Where it does not, the mark is of the whole process so far, and `is_reset` is False.
+    process reset. Where it can't be, it is the process's peak so far that counts, and the figures say so.
     """
 
     def __init__(self, device: str):
@@ -104,12 +104,15 @@ class ExtraMemory:
             self.is_reset = False
             self.before = _peak_of_process()
 
-    def peak_mib(self) -> float:
+    def figures(self) -> dict[str, Any]:
         if self.device == "cuda":
             peak = torch.cuda.max_memory_allocated()
         else:
             peak = _status_bytes("VmHWM") if self.is_reset else _peak_of_process()
-        return (peak - self.before) / MIB
+        return {
+            "extra_memory_mib": round((peak - self.before) / MIB, 1),
+            "memory_peak_was_reset": self.is_reset,
+        }
 
 
 def _status_bytes(name: str) -> int:

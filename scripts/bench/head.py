@@ -18,6 +18,7 @@ One JSON line a side, then one with qorpo's ratios and whether loss and gradient
 
 import argparse
 import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -100,13 +101,14 @@ def _receive(pipe: Any) -> Any:
 
 def serve(name: str, settings: dict[str, Any], pipe: Any) -> None:
     """One side's process: the first call's figures, then a time for every message that asks for one."""
+    os.dup2(2, 1)  # what the libraries print is no result
     torch.set_num_threads(settings["threads"])
     try:
         run = make_call(name, settings)
         run(8)
         memory = ExtraMemory(settings["device"])
         figures = run(settings["tokens"])
-        pipe.send({"extra_memory_mib": round(memory.peak_mib(), 1), **figures})
+        pipe.send(memory.figures() | figures)
         while pipe.recv():
             if settings["device"] == "cuda":
                 run(settings["tokens"])  # the cache was given back for the others; fill it again

@@ -13,6 +13,8 @@ from torch.utils._pytree import tree_iter
 
 from qorpo.ops.log_probs import token_logps, token_logps_plain
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 S, H, V = 12, 8, 31
 CHUNKS = {"one": 1, "divisor": 4, "ragged": 5, "all": S, "beyond": S + 100}
 HEADS = {
@@ -31,6 +33,15 @@ TRAINED = {
     "bias": (False, False, True),
     "hidden-bias": (True, False, True),
 }
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """On tensors this small, threads do nothing but wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def head_inputs(trained=(True, True, True), dtype=torch.float64, seed=0) -> dict[str, torch.Tensor | None]:
@@ -251,23 +262,32 @@ TOKENS, WIDTH, WORDS = 128, 64, 384
 
 
 @cache
-def tokens_of_probability(p: float, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """bfloat16 hidden states and head for which the target's probability is p, within what bfloat16 can hit.
+def tokens_of_probability(p: float, seed: int, scale: float, softcap: float | None):
+    """bfloat16 hidden states, head and targets, every target's probability p (1 − p within a fifth).
 
-    Each hidden state is a random one moved along its target's row of the head, as far as bisection says.
+    Each hidden state is a random one moved along its target's row of the head, as far as bisection says. Left out are
+    the few that can't get there: a word has a near twin, a soft cap saturates first, rounding goes past.
     """
     generator = torch.Generator().manual_seed(seed)
     weight_VH = (torch.randn(WORDS, WIDTH, generator=generator) / WIDTH**0.5).bfloat16()
     targets_S = torch.randint(WORDS, (TOKENS,), generator=generator)
     start_SH = torch.randn(TOKENS, WIDTH, generator=generator).double()
     row_SH = weight_VH.double()[targets_S]
-    start_SV, along_SV = start_SH @ weight_VH.double().T, row_SH @ weight_VH.double().T
-    low, high = torch.full((TOKENS, 1), -100.0).double(), torch.full((TOKENS, 1), 100.0).double()
+
+    def probability_S1(hidden_SH: torch.Tensor) -> torch.Tensor:
+        options = {"logit_scale": scale, "logit_softcap": softcap}
+        return token_logps_plain(hidden_SH, weight_VH.double(), targets_S, **options).exp()[:, None]
+
+    high = torch.full((TOKENS, 1), 40.0 / scale, dtype=torch.float64)
+    low = -high
     for _ in range(40):
         middle = (low + high) / 2
-        short = (start_SV + middle * along_SV).softmax(-1).gather(1, targets_S[:, None]) < p
+        short = probability_S1(start_SH + middle * row_SH) < p
         low, high = torch.where(short, middle, low), torch.where(short, high, middle)
-    return (start_SH + high * row_SH).bfloat16(), weight_VH, targets_S
+    hidden_SH = (start_SH + high * row_SH).bfloat16()
+    there_S = ((probability_S1(hidden_SH.double()) - p).abs() < 0.2 * (1 - p)).squeeze(1)
+    assert there_S.sum() >= 0.75 * TOKENS
+    return hidden_SH[there_S], weight_VH, targets_S[there_S]
 
 
 def relative_error(value: torch.Tensor, exact: torch.Tensor) -> float:
@@ -277,12 +297,12 @@ def relative_error(value: torch.Tensor, exact: torch.Tensor) -> float:
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("p", [0.5, 0.99, 0.99999])
 @pytest.mark.parametrize("head_trains", [False, True], ids=["frozen", "trained"])
-@pytest.mark.parametrize("options", [{}, {"logit_scale": 0.5}, {"logit_softcap": 30.0}], ids=str)
-def test_bfloat16_errs_no_more_than_the_plain_path(options, head_trains, p, seed):
-    # With a scale, what was moved to make p is twice as far: the same p after it.
-    hidden, weight, targets_S = tokens_of_probability(p, seed)
-    hidden = hidden / options.get("logit_scale", 1.0)
-    upstream = torch.randn(TOKENS, generator=torch.Generator().manual_seed(99 + seed))
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.3, None), (1.0, 40.0)])
+def test_bfloat16_errs_no_more_than_the_plain_path(scale, softcap, head_trains, p, seed):
+    hidden, weight, targets_S = tokens_of_probability(p, seed, scale, softcap)
+    upstream = torch.randn(len(targets_S), generator=torch.Generator().manual_seed(99 + seed))
+
+    head = {"logit_scale": scale, "logit_softcap": softcap}
 
     def run(function, dtype, **more):
         inputs = {
@@ -291,13 +311,11 @@ def test_bfloat16_errs_no_more_than_the_plain_path(options, head_trains, p, seed
             "targets": targets_S,
         }
         result_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        return scored(function, inputs, upstream.to(result_dtype), **options, **more)
+        return scored(function, inputs, upstream.to(result_dtype), **head, **more)
 
     exact_S, exact = run(token_logps_plain, torch.float64)
     fast_S, fast = run(token_logps, torch.bfloat16, chunk_tokens=50)
     plain_S, plain = run(token_logps_plain, torch.bfloat16)
-    if not options.get("logit_softcap"):
-        assert exact_S.exp().median().item() == pytest.approx(p, abs=0.1 * (1 - p))
     assert relative_error(fast_S, exact_S) <= relative_error(plain_S, exact_S)
     for name in exact:
         assert relative_error(fast[name], exact[name]) <= relative_error(plain[name], exact[name]), name

@@ -1,0 +1,96 @@
+"""Do two runs differ on held-out pairs, and did each differ from its base? A paired bootstrap over prompts says.
+
+Both runs must have the same base and evaluation pairs. Each pair is scored by run A, run B and the base alone; prompts
+(not pairs: one prompt's pairs go together) are resampled, and the interval is the middle 95% of the resampled means.
+
+    python scripts/bench/compare_runs.py runs/lambda-1 runs/lambda-0 [--output FILE]
+"""
+
+import argparse
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from _record import add_output_option, emit
+from peft import PeftModel
+
+from qorpo.data.pack import pack_pairs
+from qorpo.data.tokenize import TokenizedPair
+from qorpo.model.load import load_model, load_tokenizer
+from qorpo.model.scoring import PairScorer
+from qorpo.model.selfcheck import make_scorer
+from qorpo.recipe import load_recipe
+from qorpo.training.run import load_data
+from qorpo.training.step import StepTotals, pair_losses
+
+METRICS = ("nll", "log_odds_ratio", "rewards/accuracies", "chosen_logps", "rejected_logps")
+RESAMPLES = 10_000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("run_a", type=Path)
+    parser.add_argument("run_b", type=Path)
+    add_output_option(parser)
+    args = parser.parse_args()
+
+    recipe = load_recipe(args.run_a / "recipe.yaml")
+    pairs = load_data(recipe, load_tokenizer(recipe.model.path)).eval.pairs
+    model = load_model(recipe.model.path, quantization=recipe.model.quantization)
+    model = PeftModel.from_pretrained(model, args.run_a / "adapter", adapter_name="a")
+    model.load_adapter(args.run_b / "adapter", adapter_name="b")
+    scorer = make_scorer(model, recipe.model.attention)
+
+    scores = {}
+    for run in ("a", "b"):
+        model.set_adapter(run)
+        scores[run] = score(scorer, pairs, recipe.objective)
+    with model.disable_adapter():
+        scores["base"] = score(scorer, pairs, recipe.objective)
+
+    prompts = by_prompt(pairs)
+    figures = {
+        f"{first}-{second}": {
+            name: interval(scores[first][name] - scores[second][name], prompts) for name in METRICS
+        }
+        for first, second in (("a", "b"), ("a", "base"), ("b", "base"))
+    }
+    means = {run: {name: float(values[name].mean()) for name in METRICS} for run, values in scores.items()}
+    settings = {"a": str(args.run_a), "b": str(args.run_b), "pairs": len(pairs), "prompts": len(prompts)}
+    emit("compare_runs", settings, {"means": means, "differences": figures}, model.device.type, args.output)
+
+
+def score(scorer: PairScorer, pairs: list[TokenizedPair], objective) -> dict[str, np.ndarray]:
+    """Every metric of every pair, (P,) each."""
+    rows = defaultdict(list)
+    scorer.eval()
+    with torch.no_grad(), scorer.attending():
+        for pair in pairs:
+            packed = pack_pairs([pair], score_prompts=objective.nll_tokens == "all")
+            metrics = pair_losses(scorer(packed), packed, objective, StepTotals.of([pair], objective)).metrics
+            for name in METRICS:
+                rows[name].append(metrics[name].item())
+    return {name: np.array(values) for name, values in rows.items()}
+
+
+def by_prompt(pairs: list[TokenizedPair]) -> list[list[int]]:
+    """Indices of the pairs of each prompt."""
+    places = defaultdict(list)
+    for index, pair in enumerate(pairs):
+        places[tuple(pair.prompt_ids)].append(index)
+    return list(places.values())
+
+
+def interval(differences_P: np.ndarray, prompts: list[list[int]]) -> dict[str, float]:
+    """Mean over pairs, with the 95% interval over resampled prompts."""
+    sums = np.array([differences_P[places].sum() for places in prompts])
+    counts = np.array([len(places) for places in prompts])
+    drawn = np.random.default_rng(0).integers(len(prompts), size=(RESAMPLES, len(prompts)))
+    means = sums[drawn].sum(1) / counts[drawn].sum(1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return {"mean": float(differences_P.mean()), "low": float(low), "high": float(high)}
+
+
+if __name__ == "__main__":
+    main()
