@@ -45,7 +45,11 @@ def train(
     from qorpo.recipe import load_recipe
     from qorpo.training.run import train as run
 
-    result = run(load_recipe(recipe, overrides or []), resume=resume, progress=ConsoleProgress(console))
+    try:
+        result = run(load_recipe(recipe, overrides or []), resume=resume, progress=ConsoleProgress(console))
+    except KeyboardInterrupt:  # typer would end without a word
+        typer.echo("qorpo: stopped; go on with --resume", err=True)
+        raise typer.Exit(130) from None
     typer.echo(f"adapter: {result.adapter}")
     if result.best_step is not None:
         typer.echo(f"best evaluation loss at step {result.best_step} of {result.steps}")
@@ -62,9 +66,6 @@ def main() -> None:
             raise
         typer.echo(f"qorpo: {error}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        typer.echo("qorpo: stopped; go on with --resume", err=True)
-        sys.exit(130)
 
 
 def _log_to(console: Console) -> None:

@@ -169,7 +169,7 @@ def make_tasks() -> list[Task]:
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
     triples = list(itertools.permutations(digits, 3))
     comparisons = [
-        (x, y, sign) for x, y in itertools.permutations(range(1, 13), 2) for sign in ("more", "less")
+        (x, y, sign) for x, y in itertools.permutations(digits, 2) for sign in ("more", "less")
     ]
     fields = ("What is {thing} of {{x}}?", "Tell me {thing} of {{x}}.", "Please give me {thing} of {{x}}.")
     fields += ("{{x}}: what is its {short}?", "Do you know {thing} of {{x}}?", "I need {thing} of {{x}}.")
@@ -210,7 +210,7 @@ def make_tasks() -> list[Task]:
                 "I am counting. What is just {side} {x}?",
             ),
             "The number {side} {x} is {{answer}}.",
-            neighbours([str(number) for number in range(1, 51)]),
+            neighbours([str(number) for number in range(1, 31)]),
         ),
         Task(
             "letter",

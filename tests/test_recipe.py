@@ -83,7 +83,7 @@ def test_three_keys_make_a_recipe_and_the_rest_has_the_documented_defaults():
             "seed": 42,
             "eval_every": 0.1,
             "save_every": 0.1,
-            "log_every": 10,
+            "log_every": 1,
             "keep_checkpoints": 2,
             "report_to": "auto",
         },
@@ -402,7 +402,7 @@ def test_replace_gives_a_checked_copy():
 
 def test_differences_name_key_and_both_values():
     saved = load_recipe(
-        LEAST, ["train.learning_rate=1e-4", "train.log_every=1", "memory.microbatch_tokens=64"]
+        LEAST, ["train.learning_rate=1e-4", "train.log_every=7", "memory.microbatch_tokens=64"]
     )
     now = load_recipe(LEAST, ["train.learning_rate=2e-4", "objective.lambda=1", "data.train=[a, b]"])
     assert saved.differences(now, ignoring=["train.log_every", "memory"]) == [

@@ -3,10 +3,15 @@
 import importlib.util
 import json
 import logging
+import pickle
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -79,14 +84,18 @@ def load_model(
             options["quantization_config"] = _nf4_config(config)
         if not allow_pickle:
             options["use_safetensors"] = True
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=torch.bfloat16, device_map={"": torch.device(device)},
             output_loading_info=True, **options,
         )  # fmt: skip
+    except (pickle.UnpicklingError, EOFError) as error:  # torch's own words advise to run what is inside
+        raise ModelError(
+            f"{source}: the .bin weights are broken, or hold more than tensors; convert them to safetensors"
+        ) from error
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         raise ModelError(f"{source}: the model could not be loaded: {_first_line(error)}") from error
-    if missing := sorted(report["missing_keys"]):  # transformers fills them with random numbers
-        raise ModelError(f"{source}: {len(missing)} weights are missing, such as {missing[0]}")
+    model, report = loaded
+    _check_weights(source, model, report["missing_keys"])
     if quantization == "nf4" and not keep_nf4_trainable(model):
         logger.warning("quantization: no layer of this model could be quantized; it trains in bfloat16")
     model.requires_grad_(False)
@@ -142,6 +151,23 @@ def _check_folder(folder: Path, allow_pickle: bool) -> None:
         )
 
 
+def _check_weights(source: str, model: nn.Module, missing: Collection[str]) -> None:
+    """Raises ModelError for what transformers lets pass: it fills missing weights with random numbers, and takes
+    weights of any shape where it quantizes them.
+    """
+    if missing:
+        raise ModelError(
+            f"{source}: {len(missing)} weights are missing, such as {min(missing)}; is the download complete?"
+        )
+    for name, module in model.named_modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None and tuple(state.shape) != (module.out_features, module.in_features):
+            raise ModelError(
+                f"{source}: {name} has weights of {tuple(state.shape)}, and by config.json "
+                f"{(module.out_features, module.in_features)}; config.json and weights are not one model's"
+            )
+
+
 def _nf4_config(config: Any) -> Any:
     from transformers import BitsAndBytesConfig
 
@@ -170,9 +196,6 @@ def keep_nf4_trainable(model: nn.Module) -> int:
     quantized = [module for module in model.modules() if isinstance(module, Linear4bit)]
     for module in quantized:
         module.support_avx512bf16_for_cpu = False
-        shape = tuple(module.weight.quant_state.shape)
-        if shape != (module.out_features, module.in_features):
-            raise ModelError(f"the weights don't fit config.json: {shape} in {module}; is it another model's?")
     return len(quantized)
 
 

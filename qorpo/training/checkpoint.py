@@ -8,6 +8,7 @@ from the seed and the step, so no random state is needed to go on exactly.
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ def load_checkpoint(
         load_optimizer_state(optimizer, saved["optimizer"])
         schedule.load_state_dict(saved["schedule"])
         return TrainState(**json.loads((folder / STATE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, UnpicklingError) as error:
         raise _unusable(folder, error) from error
 
 

@@ -2,12 +2,13 @@
 
 import logging
 import math
-import resource
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
@@ -89,6 +90,8 @@ class Trainer:
             checkpoint_layers(self.model)
 
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        if not self.trained:
+            raise ModelError("nothing in the model trains; load its adapter with is_trainable=True")
         self.scorer, self.optimizer = self.accelerator.prepare(
             scorer, make_optimizer(self.trained, recipe.train)
         )
@@ -266,10 +269,7 @@ class Trainer:
         self.folder.append_metrics(rows)
         for row in rows:
             if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
-                raise RunError(
-                    f"step {row['step']}: loss {row['loss']}, gradient norm {row['grad_norm']}: training has diverged; "
-                    "lower train.learning_rate or raise train.warmup_ratio, and start anew"
-                )
+                raise _diverged(row["step"], f"loss {row['loss']}, gradient norm {row['grad_norm']}")
         means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
         self.progress.logged(self.state.step, means)
         return means
@@ -279,6 +279,8 @@ class Trainer:
         self.folder.append_metrics([{"step": self.state.step, **metrics}])
         self.accelerator.log(metrics, step=self.state.step)
         self.progress.evaluated(self.state.step, metrics)
+        if not math.isfinite(metrics["eval_loss"]):
+            raise _diverged(self.state.step, f"evaluation loss {metrics['eval_loss']}")
         return metrics
 
     def _note_best(self, eval_loss: float) -> bool:
@@ -305,11 +307,23 @@ class Trainer:
         return self.optimizer.optimizer
 
 
+def _diverged(step: int, figures: str) -> RunError:
+    return RunError(
+        f"step {step}: {figures}: training has diverged; lower train.learning_rate or raise train.warmup_ratio, "
+        "and start anew"
+    )
+
+
 def peak_memory_gib(device: torch.device) -> float:
     """The most memory reserved on a CUDA device so far, else this process's peak resident set, in GiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset / 2**30
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
 
 
 def _mixed(seed: int, number: int) -> int:

@@ -199,7 +199,9 @@ def write_down(folder: RunFolder, recipe: Recipe, model: Any, data: RunData) -> 
     folder.write_json("data.json", data.as_dict())
     folder.write_json("environment.json", environment(model))
     with folder.writing():
-        recipe.save(folder.recipe)
+        unfinished = folder.path / f".{folder.recipe.name}.unfinished"
+        recipe.save(unfinished)
+        unfinished.replace(folder.recipe)
 
 
 def environment(model: Any) -> dict[str, Any]:

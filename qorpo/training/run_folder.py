@@ -11,6 +11,9 @@ from typing import Any
 
 from qorpo.errors import RunError
 
+# Written before the first step, in this order: a kill before the last leaves no run, and nothing in a new one's way.
+FIRST_WRITTEN = ("data.json", "environment.json", "recipe.yaml")
+
 
 class RunFolder:
     """Paths and writes of one run.
@@ -34,8 +37,12 @@ class RunFolder:
             raise RunError(
                 f"output: {self.path} holds a run; go on with it by --resume, or give another output"
             )
-        if self.path.exists() and any(self.path.iterdir()):
+        names = [path.name for path in self.path.iterdir()] if self.path.exists() else []
+        if {name.removeprefix(".").removesuffix(".unfinished") for name in names} - {*FIRST_WRITTEN}:
             raise RunError(f"output: {self.path} is not empty; give another output, or empty it")
+        home = _existing(self.path)
+        if not (home.is_dir() and os.access(home, os.W_OK | os.X_OK)):
+            raise RunError(f"output: {self.path} can't be made: {home} takes no files; give another output")
 
     def check_resumable(self) -> None:
         """Raises RunError where there is no run to go on with."""
@@ -140,6 +147,7 @@ def _speaks_of_a_write(error: Exception) -> bool:
     return (
         type(error).__name__ == "SafetensorError"
         or "PytorchStreamWriter" in str(error)
+        or "inline_container" in str(error)
         or "file write" in str(error)
     )
 
@@ -149,6 +157,8 @@ def _existing(path: Path) -> Path:
 
 
 def _flush(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():
+        return  # Windows opens no folders, and its renames last without it
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

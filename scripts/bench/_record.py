@@ -1,11 +1,13 @@
 """What the benchmarks share: one JSON line a result, and the memory that a stretch of code takes."""
 
 import argparse
+import contextlib
 import ctypes
 import importlib.metadata
 import json
 import os
 import platform
+import re
 import resource
 import shlex
 import subprocess
@@ -53,9 +55,8 @@ def version(package: str) -> str | None:
     except importlib.metadata.PackageNotFoundError:
         if package != "qorpo":
             return None
-    import tomllib  # run from a checkout that is not installed
-
-    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    # A checkout that is not installed.
+    return re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M)[1]
 
 
 def commit() -> str | None:
@@ -129,12 +130,13 @@ def _peak_of_process() -> int:
 
 def _trim() -> None:
     """Give freed memory back to the system, so that using it again counts."""
-    try:
+    with contextlib.suppress(AttributeError, OSError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError):
-        pass  # not glibc
 
 
 def _short(argument: str) -> str:
-    """An absolute path means nothing elsewhere: its last part does."""
-    return os.path.basename(argument.rstrip("/")) if argument.startswith("/") else argument
+    """A path outside the checkout means nothing elsewhere: its last part does."""
+    path = Path(argument)
+    if not path.is_absolute():
+        return argument
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name

@@ -13,13 +13,14 @@ Compared, each in a process of its own:
 Half of the tokens are the chosen response's, half the rejected's. The processes take turns, so that a change in the
 machine's speed meets all of them; a time is the median over `--repeats` turns, a ratio the median of the turns'
 ratios. Memory is the most held above the inputs in a first full-size call, after a small one that loads libraries.
-One JSON line a side, then one with qorpo's ratios and whether loss and gradient norm agree.
+One JSON line a side, then one with qorpo's ratios and whether loss and gradient norm agree; exits with 1 where not.
 """
 
 import argparse
 import multiprocessing
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -45,7 +46,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Side = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=2048, help="scored tokens of the pair, both halves")
     parser.add_argument("--hidden", type=int, default=1024)
@@ -64,9 +65,11 @@ def main() -> None:
     results = measure(names, settings)
     for name, figures in results.items():
         emit("head", {"side": name, **settings}, figures, settings["device"], output)
-    if "qorpo" in results and "error" not in results["qorpo"]:
-        figures = compare(results, AGREEMENT[settings["dtype"]])
-        emit("head", {"side": "ratios", **settings}, figures, settings["device"], output)
+    if "error" in results.get("qorpo", {"error": "not asked for"}):
+        return 1 if "qorpo" in results else 0
+    figures = compare(results, AGREEMENT[settings["dtype"]])
+    emit("head", {"side": "ratios", **settings}, figures, settings["device"], output)
+    return 0 if figures["agrees"] else 1
 
 
 def measure(names: list[str], settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -86,7 +89,8 @@ def measure(names: list[str], settings: dict[str, Any]) -> dict[str, dict[str, A
             results[name].setdefault("seconds", []).append(_receive(pipes[name]))
     for name in running:
         pipes[name].send(False)
-        results[name]["seconds_median"] = statistics.median(results[name]["seconds"])
+        seconds = results[name]["seconds"]
+        results[name] |= {"seconds_median": statistics.median(seconds), "seconds_fastest": min(seconds)}
     for process in processes:
         process.join()
     return results
@@ -107,24 +111,35 @@ def serve(name: str, settings: dict[str, Any], pipe: Any) -> None:
         run = make_call(name, settings)
         run(8)
         memory = ExtraMemory(settings["device"])
-        figures = run(settings["tokens"])
-        pipe.send(memory.figures() | figures)
+        loss, grad_SH = run(settings["tokens"])
+        figures = memory.figures()
+        if name != "products":
+            figures |= {"loss": loss.item(), "grad_norm": grad_SH.norm(dtype=torch.float64).item()}
+        del loss, grad_SH
+        pipe.send(figures)
         while pipe.recv():
-            if settings["device"] == "cuda":
-                run(settings["tokens"])  # the cache was given back for the others; fill it again
-                torch.cuda.synchronize()
-            started = time.perf_counter()
-            run(settings["tokens"])
-            pipe.send(time.perf_counter() - started)
-            if settings["device"] == "cuda":
-                torch.cuda.empty_cache()
+            pipe.send(seconds_of(lambda: run(settings["tokens"]), settings["device"] == "cuda"))
     except Exception as error:
         pipe.send({"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"})
         raise
 
 
-def make_call(name: str, settings: dict[str, Any]) -> Callable[[int], dict[str, float]]:
-    """A function that does forward and backward of the first so many tokens, and gives loss and gradient norm."""
+def seconds_of(call: Callable[[], Any], cuda: bool) -> float:
+    if cuda:
+        call()  # the allocator's cache was given back for the other processes: fill it again
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    call()
+    if cuda:
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - started
+    if cuda:
+        torch.cuda.empty_cache()
+    return seconds
+
+
+def make_call(name: str, settings: dict[str, Any]) -> Callable[[int], tuple[torch.Tensor, torch.Tensor]]:
+    """A function that does forward and backward of the first so many tokens: loss and gradient, or the products."""
     generator = torch.Generator(settings["device"]).manual_seed(0)
     options: dict[str, Any] = {"generator": generator, "device": settings["device"]}
     dtype, vocab, hidden = DTYPES[settings["dtype"]], settings["vocab"], settings["hidden"]
@@ -132,21 +147,20 @@ def make_call(name: str, settings: dict[str, Any]) -> Callable[[int], dict[str, 
     weight_VH = torch.randn(vocab, hidden, dtype=dtype, **options).mul_(hidden**-0.5)
     targets_S = torch.randint(vocab, (settings["tokens"],), **options)
 
-    def products(tokens: int) -> dict[str, float]:
+    def products(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         torch.mm(hidden_SH[:tokens], weight_VH.T, out=logits_SV[:tokens])
         torch.mm(logits_SV[:tokens], weight_VH, out=grad_SH[:tokens])
-        return {"last": grad_SH[tokens - 1, -1].item()}  # waits for the device
+        return logits_SV, grad_SH
 
     if name == "products":
         logits_SV, grad_SH = hidden_SH.new_zeros(settings["tokens"], vocab), torch.zeros_like(hidden_SH)
         return products
     loss_of = make_side(name, settings["chunk_tokens"])
 
-    def forward_backward(tokens: int) -> dict[str, float]:
+    def forward_backward(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         leaf_SH = hidden_SH[:tokens].detach().requires_grad_()
         loss = loss_of(leaf_SH, weight_VH, targets_S[:tokens])
-        (grad_SH,) = torch.autograd.grad(loss, leaf_SH)
-        return {"loss": loss.item(), "grad_norm": grad_SH.norm(dtype=torch.float64).item()}
+        return loss, *torch.autograd.grad(loss, leaf_SH)
 
     return forward_backward
 
@@ -175,10 +189,11 @@ def compare(results: dict[str, dict[str, Any]], tolerance: float) -> dict[str, A
     """qorpo's share of what the others take, against the targets; of Liger's two, the faster and the leaner."""
     mine = results["qorpo"]
     others = {name: result for name, result in results.items() if "error" not in result and name != "qorpo"}
-    time_of, memory_of = {}, {}
+    time_of, fastest_of, memory_of = {}, {}, {}
     for name, other in others.items():
         pairs = zip(mine["seconds"], other["seconds"], strict=True)
         time_of[name] = statistics.median(my_s / other_s for my_s, other_s in pairs)
+        fastest_of[name] = round(mine["seconds_fastest"] / other["seconds_fastest"], 3)
         memory_of[name] = mine["extra_memory_mib"] / max(other["extra_memory_mib"], 1e-9)
     ratios = {}
     for target in TARGETS:
@@ -194,6 +209,7 @@ def compare(results: dict[str, dict[str, Any]], tolerance: float) -> dict[str, A
     }
     return {
         "ratios": ratios,
+        "time_of_fastest_turns": fastest_of,
         "targets": TARGETS,
         "reached": {target: ratio <= TARGETS[target] for target, ratio in ratios.items()},
         "relative_differences": differences,
@@ -203,4 +219,4 @@ def compare(results: dict[str, dict[str, Any]], tolerance: float) -> dict[str, A
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -26,6 +26,7 @@ import logging
 import multiprocessing
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -87,6 +88,7 @@ def main() -> None:
         for number in range(options.rounds):
             for run, found in zip(runs, results, strict=True):
                 found.append(in_own_process(run, options, prepared, Path(scratch) / f"{number}"))
+                print(f"round {number + 1}: {run}: {found[-1]}", file=sys.stderr, flush=True)
 
     medians = [median(found) for found in results]
     for run, figures in zip(runs, medians, strict=True):
@@ -213,9 +215,11 @@ def train(run: dict[str, Any], options: argparse.Namespace, pairs: Path, folder:
         model = load_model(options.base, quantization=options.quantization, device=options.device)
         step_ends, losses, memory = side(run, options, recipe, model, tokenizer)
         timed_pairs = options.pairs_per_step * (len(step_ends) - 1)
+        seconds, cpu_seconds = (last - first for first, last in zip(step_ends[0], step_ends[-1], strict=True))
         pipe.send(
             {
-                "pairs_per_second": timed_pairs / (step_ends[-1] - step_ends[0]),
+                "pairs_per_second": timed_pairs / seconds,
+                "pairs_per_cpu_second": timed_pairs / cpu_seconds,
                 **memory.figures(),
                 "first_loss": losses[0],
                 "last_loss": losses[-1],
@@ -259,7 +263,7 @@ def make_recipe(run: dict[str, Any], options: argparse.Namespace, pairs: Path, f
 
 def run_qorpo(
     run: dict[str, Any], options: argparse.Namespace, recipe: Recipe, model: Any, tokenizer: Any
-) -> tuple[list[float], list[float], ExtraMemory]:
+) -> tuple[list[tuple[float, float]], list[float], ExtraMemory]:
     import qorpo
     from qorpo.training.progress import Progress
 
@@ -272,7 +276,7 @@ def run_qorpo(
             size = self.recipe.train.pairs_per_step
             return self.train_pairs[step * size : (step + 1) * size]
 
-    step_ends: list[float] = []
+    step_ends: list[tuple[float, float]] = []
     memory = ExtraMemory(options.device)
     trainer = InOrder(model, tokenizer, recipe, load_pairs(recipe.data.train), progress=Clock())
     trainer.train()
@@ -282,7 +286,7 @@ def run_qorpo(
 
 def run_trl(
     run: dict[str, Any], options: argparse.Namespace, recipe: Recipe, model: Any, tokenizer: Any
-) -> tuple[list[float], list[float], ExtraMemory]:
+) -> tuple[list[tuple[float, float]], list[float], ExtraMemory]:
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import TrainerCallback
@@ -304,12 +308,14 @@ def run_trl(
                 row[f"{name}_labels"] = [-100] * len(feature["ids"][0]) + answer
             return row
 
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
     pairs = tokens_of(load_pairs(recipe.data.train), ChatFormat(tokenizer), options.max_length)
     rows = [
         {"prompt": "", "chosen": "", "rejected": "", "ids": [p.prompt_ids, p.chosen_ids, p.rejected_ids]}
         for p in pairs
     ]
-    step_ends: list[float] = []
+    step_ends: list[tuple[float, float]] = []
     lora, steps = recipe.lora, recipe.train.max_steps
     config = ORPOConfig(
         output_dir=recipe.output,
@@ -342,10 +348,11 @@ def run_trl(
     return step_ends, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], memory
 
 
-def now(device: str) -> float:
+def now(device: str) -> tuple[float, float]:
+    """Seconds, and the processors' seconds spent on this process, which others' load disturbs less."""
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter()
+    return time.perf_counter(), time.process_time()
 
 
 # --- the figures ---
@@ -369,6 +376,7 @@ def compare(mine: dict[str, Any], others: list[tuple[dict[str, Any], dict[str, A
     _, whole = max(ran, key=lambda entry: entry[0]["batch"])
     return {
         "speed": round(mine["pairs_per_second"] / fastest["pairs_per_second"], 3),
+        "speed_by_cpu_time": round(mine["pairs_per_cpu_second"] / fastest["pairs_per_cpu_second"], 3),
         "memory": round(mine["extra_memory_mib"] / fastest["extra_memory_mib"], 3),
         "trl_batch": best["batch"],
         "first_loss_difference": round(mine["first_loss"] - whole["first_loss"], 5),

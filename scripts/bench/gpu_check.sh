@@ -1,0 +1,70 @@
+#!/usr/bin/env bash
+# What qorpo does on a CUDA GPU: its GPU tests, a QLoRA run of an 8B shape in 24 GiB, its losses against the CPU's, and
+# its output head against plain PyTorch and Liger. About ten minutes, no network; a JSON line a result.
+#
+#   bash scripts/bench/gpu_check.sh [--wheels DIR] [--cap-gib 24] [--output FILE]
+#
+# Needs python3 (or $PYTHON) with torch for CUDA, transformers, peft and accelerate. What else is missing comes from the
+# wheels in DIR, into a temporary folder. Exits with 2 where there is no CUDA device, 1 where a check failed.
+set -uo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+python=${PYTHON:-python3}
+
+wheels= check_options=()
+while (($#)); do
+    case $1 in
+        --wheels) wheels=${2:?--wheels needs a folder}; shift 2 ;;
+        --cap-gib | --output) check_options+=("$1" "${2:?$1 needs a value}"); shift 2 ;;
+        *) echo "usage: bash scripts/bench/gpu_check.sh [--wheels DIR] [--cap-gib 24] [--output FILE]" >&2; exit 64 ;;
+    esac
+done
+
+if ! "$python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())'; then
+    echo "gpu_check: $python sees no CUDA device through torch; nothing was measured" >&2
+    exit 2
+fi
+
+site=$(mktemp -d)
+trap 'rm -rf "$site"' EXIT
+export PYTHONPATH="$root:$site${PYTHONPATH:+:$PYTHONPATH}"
+
+if [[ -n $wheels ]]; then
+    # Packages that only fit each other's exact version are replaced together.
+    missing=$("$python" - "$wheels" <<'PYTHON'
+import importlib.metadata, re, sys
+from pathlib import Path
+
+TOGETHER = [{"pydantic", "pydantic-core"}]
+
+def is_installed(name):
+    try:
+        return bool(importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+wheels = {}
+for path in sorted(Path(sys.argv[1]).glob("*.whl")):
+    wheels.setdefault(re.sub(r"[-_.]+", "-", path.name.split("-")[0]).lower(), []).append(path)
+missing = {name for name in wheels if not is_installed(name)}
+for group in TOGETHER:
+    if group & missing:
+        missing |= group & wheels.keys()
+for name in sorted(missing):
+    print(*wheels[name], sep="\n")
+PYTHON
+    ) || exit 1
+    while IFS= read -r wheel; do
+        [[ -z $wheel ]] && continue
+        "$python" -m pip install --quiet --no-index --no-deps --disable-pip-version-check --target "$site" "$wheel" ||
+            echo "gpu_check: $wheel could not be installed" >&2
+    done <<<"$missing"
+fi
+
+failed=0
+# Each in a process of its own, so that none fails for the memory or the crash of another.
+for part_and_seconds in train:180 tests:150 losses:90 head:180; do
+    part=${part_and_seconds%:*} seconds=${part_and_seconds#*:}
+    timeout "$seconds" "$python" "$root/scripts/bench/gpu_check.py" --part "$part" \
+        ${check_options[@]+"${check_options[@]}"} || { echo "gpu_check: $part failed" >&2; failed=1; }
+done
+exit "$failed"

@@ -1,0 +1,118 @@
+"""What the README tells people to type works, and what it says of the code is so."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import qorpo
+from qorpo.recipe import FIELDS, load_recipe
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+QUICK = [
+    "model.path=demo",
+    "train.max_steps=2",
+    "train.pairs_per_step=2",
+    "data.max_length=256",
+    "data.max_prompt_length=128",
+]
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def run(command, folder):
+    return subprocess.run(
+        command,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+
+
+@pytest.fixture
+def workplace(tmp_path):
+    """A folder as the README's commands expect it: configs/ and preference pairs of one's own."""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    lines = (ROOT / "qorpo" / "demo" / "train.jsonl").read_text(encoding="utf-8").splitlines()[:60]
+    for name in ("my-pairs.jsonl", "pairs.jsonl"):
+        (tmp_path / name).write_text("\n".join(lines), encoding="utf-8")
+    (tmp_path / "my-model").symlink_to(ROOT / "qorpo" / "demo" / "base")
+    return tmp_path
+
+
+def test_the_recipe_shown_loads_and_shows_only_defaults():
+    (text,) = blocks("yaml")
+    shown = load_recipe(yaml.safe_load(text))
+    settings = {
+        key: value
+        for key, value in shown.values()
+        if key not in ("model.path", "data.train", "data.eval", "output")
+    }
+    assert settings == {key: value for key, value in load_recipe(
+        {"model": {"path": "x"}, "data": {"train": "x"}, "output": "x"}
+    ).values() if key in settings}  # fmt: skip
+    assert set(settings) < set(FIELDS)
+
+
+@pytest.mark.slow
+def test_the_train_commands_run(workplace):
+    commands = [
+        line.split("#")[0]
+        for block in blocks("bash")
+        for line in block.splitlines()
+        if line.startswith("qorpo train")
+    ]
+    assert len(commands) == 2
+    assert "--resume" in commands[1]
+    for command in commands:
+        done = run([sys.executable, "-m", "qorpo", *shlex.split(command)[1:], *QUICK], workplace)
+        assert done.returncode == 0, done.stderr
+    assert (workplace / "runs/mine/adapter/adapter_model.safetensors").exists()
+    files = re.search(r"runs/NAME/\n(.*?)```", README, re.DOTALL)[1]
+    promised = [line.split()[0].rstrip("/") for line in files.splitlines()]
+    assert sorted(promised) == sorted(path.name for path in (workplace / "runs/mine").iterdir())
+
+
+@pytest.mark.slow
+def test_the_python_examples_run(workplace):
+    from_recipe, from_parts = blocks("python")
+    from_recipe = from_recipe.replace('["output=', json.dumps(QUICK)[:-1] + ', "output=')
+    from_parts = from_parts.replace(
+        '"output": "runs/parts"', '"output": "runs/parts", "train": {"max_steps": 2, "pairs_per_step": 2}'
+    )
+    for code in (from_recipe, from_parts):
+        done = run([sys.executable, "-c", code], workplace)
+        assert done.returncode == 0, done.stderr
+    assert (workplace / "runs/parts/adapter/adapter_model.safetensors").exists()
+
+
+def test_the_scripts_named_are_there():
+    for block in blocks("bash"):
+        for script in re.findall(r"bash (scripts/\S+)", block):
+            assert os.access(ROOT / script, os.X_OK), script
+
+
+def test_the_tree_is_the_tree():
+    tree = README.split("## The tree")[1].split("```")[1].strip()
+    for line in tree.splitlines():
+        name, indent = line.split()[0], len(line) - len(line.lstrip())
+        assert (ROOT / ("qorpo" if indent and name != "qorpo/" else "") / name).exists(), name
+    rooms = {line.split()[0] for line in tree.splitlines() if line.startswith("  ")}
+    there = {f"{path.name}/" if path.is_dir() else path.name for path in (ROOT / "qorpo").iterdir()}
+    assert there - rooms <= {"__init__.py", "__main__.py", "__pycache__/", "py.typed"}
+
+
+def test_the_public_names_are_there():
+    for name in re.findall(r"`?qorpo\.(\w+)\b", README):
+        assert name in qorpo.__all__ or (ROOT / "qorpo" / f"{name}.py").exists() or name == "yaml", name

@@ -1,0 +1,350 @@
+"""A run that is stopped at any moment and resumed ends as if it had never stopped, to the last bit."""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from tiny import changed, preference_records, read_metrics, write_records
+
+from qorpo import train
+from qorpo.training.progress import Progress
+
+TIMES = {"tokens_per_second", "pairs_per_second", "eval_pairs_per_second", "peak_memory_gib"}
+
+
+class Killed(BaseException):
+    """Passes every `except Exception`, as a kill would."""
+
+
+class KillAt(Progress):
+    """Ends a run after a step, before anything of that step is written."""
+
+    def __init__(self, step):
+        self.at = step
+
+    def step(self, done_steps):
+        if done_steps == self.at:
+            raise Killed
+
+
+@pytest.fixture
+def resumable(recipe_dict):
+    """NF4, dropout, 8-bit states (a rank high enough that they are 8-bit), evaluation, checkpoints on another beat."""
+    return changed(
+        recipe_dict,
+        lora__rank=64,
+        lora__dropout=0.1,
+        data__eval=0.25,
+        train__max_steps=12,
+        train__eval_every=4,
+        train__save_every=3,
+        train__log_every=2,
+        train__optimizer="paged_adamw_8bit",
+    )
+
+
+def at(recipe, output, **changes):
+    return changed(recipe, output=str(output), **changes)
+
+
+def run_until_killed(recipe, step, **options):
+    with pytest.raises(Killed):
+        train(recipe, progress=KillAt(step), **options)
+
+
+def adapter(output):
+    return (output / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def measured(output):
+    """metrics.jsonl without what depends on the clock and the machine."""
+    return [{name: value for name, value in row.items() if name not in TIMES} for row in read_metrics(output)]
+
+
+def contents(folder):
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def assert_same_end(output, reference):
+    assert adapter(output) == adapter(reference)
+    assert measured(output) == measured(reference)
+    states = [
+        json.loads(max(run.glob("checkpoints/step-*/state.json"), key=lambda path: path.stat().st_mtime).read_text())
+        for run in (output, reference)
+    ]  # fmt: skip
+    assert states[0] == states[1]
+    assert not list(output.rglob(".*"))
+
+
+def assert_each_row_once(output, steps, eval_every):
+    rows = read_metrics(output)
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, steps + 1))
+    assert [row["step"] for row in rows if "eval_loss" in row] == list(range(0, steps + 1, eval_every))
+
+
+# --- killed from outside ---
+
+
+@pytest.mark.slow
+def test_a_command_killed_again_and_again_ends_bit_for_bit_the_same(resumable, tmp_path):
+    seed = int(os.environ.get("QORPO_TEST_SEED", random.randrange(10**6)))
+    print(f"kills drawn from QORPO_TEST_SEED={seed}")
+    draw = random.Random(seed)
+    steps, kills = 24, 3
+    resumable = changed(resumable, train__max_steps=steps, train__log_every=1)
+    reference, output = tmp_path / "reference", tmp_path / "run"
+    train(at(resumable, reference))
+
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(at(resumable, output)))
+    log = tmp_path / "log"
+    for kill in range(kills + 1):
+        started = (output / "recipe.yaml").exists()
+        with log.open("a") as file:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "qorpo", "train", str(recipe), *(["--resume"] if started else [])],
+                stdout=file,
+                stderr=file,
+            )
+            if kill < kills:
+                wait_for_step(process, output, draw.randint(kill * 7, kill * 7 + 6))
+                time.sleep(draw.uniform(0, 0.3))
+                process.kill()
+            process.wait(timeout=120)
+        expected = {0, -signal.SIGKILL} if kill < kills else {0}
+        assert process.returncode in expected, log.read_text()
+        print("killed with", sorted(path.name for path in output.glob("checkpoints/*")) or "no checkpoint")
+
+    assert_same_end(output, reference)
+    assert_each_row_once(output, steps, 4)
+    newest = torch.load(output / "checkpoints" / f"step-{steps}" / "optimizer.pt", weights_only=True)
+    kinds = {
+        value.dtype
+        for state in newest["optimizer"]["state"].values()
+        for value in state.values()
+        if torch.is_tensor(value)
+    }
+    assert torch.uint8 in kinds, "no 8-bit state was part of this"
+
+
+def wait_for_step(process, output, step):
+    """Until metrics.jsonl has the step's row, or the process ends."""
+    while process.poll() is None:
+        # A line may be half written.
+        with contextlib.suppress(OSError, ValueError, KeyError, IndexError):
+            last = (output / "metrics.jsonl").read_text().splitlines()[-1]
+            if json.loads(last)["step"] >= step:
+                return
+        time.sleep(0.01)
+
+
+# --- killed from inside, where the moment is known ---
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 4, 7, 12])
+def test_a_kill_after_any_step(resumable, tmp_path, step):
+    """1 and 2 are before the first checkpoint; 3 before its own is written; 4 before its evaluation; 12 before the end."""
+    resumable = changed(resumable, train__max_steps=12)
+    reference, output = tmp_path / "reference", tmp_path / "run"
+    train(at(resumable, reference))
+    run_until_killed(at(resumable, output), step)
+    assert not (output / "adapter").exists()
+    train(at(resumable, output), resume=True)
+    assert_same_end(output, reference)
+    assert_each_row_once(output, 12, 4)
+
+
+@pytest.mark.parametrize("optimizer", ["paged_adamw_32bit", "adamw_8bit", "adamw_torch", "adamw_torch_fused"])
+def test_every_optimizers_state_comes_back(resumable, tmp_path, optimizer):
+    resumable = changed(resumable, train__optimizer=optimizer, train__max_steps=6, model__quantization="none")
+    reference, output = tmp_path / "reference", tmp_path / "run"
+    train(at(resumable, reference))
+    run_until_killed(at(resumable, output), 5)
+    train(at(resumable, output), resume=True)
+    assert_same_end(output, reference)
+
+
+def test_a_trained_head_comes_back(resumable, tmp_path):
+    resumable = changed(resumable, train__max_steps=6, lora__modules_to_save=["lm_head"])
+    reference, output = tmp_path / "reference", tmp_path / "run"
+    train(at(resumable, reference))
+    run_until_killed(at(resumable, output), 5)
+    train(at(resumable, output), resume=True)
+    assert_same_end(output, reference)
+
+
+def test_the_best_before_a_kill_is_still_the_best_after(resumable, tmp_path, monkeypatch):
+    from qorpo import Trainer
+
+    evaluate = Trainer.evaluate
+
+    def with_a_best_at_4(trainer):
+        return evaluate(trainer) | {"eval_loss": abs(trainer.state.step - 4.0)}
+
+    monkeypatch.setattr(Trainer, "evaluate", with_a_best_at_4)
+    resumable = changed(resumable, train__keep_checkpoints=1)
+    reference, output = tmp_path / "reference", tmp_path / "run"
+    train(at(resumable, reference))
+    run_until_killed(at(resumable, output), 11)
+    result = train(at(resumable, output), resume=True)
+    assert result.best_step == 4
+    assert_same_end(output, reference)
+    assert adapter(output) == (output / "checkpoints/step-4/adapter_model.safetensors").read_bytes()
+
+
+def test_a_half_written_checkpoint_is_passed_over_and_swept_away(resumable, tmp_path):
+    reference, output = tmp_path / "reference", tmp_path / "run"
+    train(at(resumable, reference))
+    run_until_killed(at(resumable, output), 8)
+    half = output / "checkpoints" / ".step-8.unfinished"
+    shutil.copytree(output / "checkpoints" / "step-6", half)
+    (half / "optimizer.pt").write_bytes(b"PK half")
+    (output / "metrics.jsonl").open("a").write('{"step": 8, "lo')
+    train(at(resumable, output), resume=True)
+    assert_same_end(output, reference)
+
+
+# --- what --resume answers ---
+
+
+@pytest.fixture
+def stopped(resumable, tmp_path):
+    """A run killed after step 8, and its recipe's file."""
+    recipe = at(resumable, tmp_path / "run")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    run_until_killed(recipe, 8)
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def resume(command, tmp_path):
+    """resume(overrides…) is (exit code, stdout, stderr) of the command."""
+
+    def run(*overrides):
+        return command("train", tmp_path / "recipe.yaml", "--resume", *overrides)
+
+    return run
+
+
+def test_a_finished_run_is_left_as_it_is(resumable, tmp_path, resume):
+    output = tmp_path / "run"
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(at(resumable, output)))
+    train(at(resumable, output))
+    before = contents(output)
+    code, out, err = resume()
+    assert code == 0, err
+    assert out.startswith(f"adapter: {output / 'adapter'}\n")
+    assert "Traceback" not in err
+    after = contents(output)
+    for each in (before, after):
+        del each["adapter/adapter_config.json"]  # its lists come in any order
+    assert after == before
+
+
+def test_a_finished_runs_adapter_is_made_again_where_it_was_lost(resumable, tmp_path, resume):
+    output = tmp_path / "run"
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(at(resumable, output)))
+    train(at(resumable, output))
+    before = adapter(output)
+    shutil.rmtree(output / "adapter")
+    code, _, err = resume()
+    assert code == 0, err
+    assert adapter(output) == before
+
+
+def test_another_learning_rate_is_refused_with_both(stopped, resume):
+    before = contents(stopped)
+    code, out, err = resume("train.learning_rate=0.01", "lora.rank=8", "train.log_every=1")
+    assert (code, out) == (2, "")
+    assert "holds a run of another recipe; put these back, or give another output" in err
+    assert "\n  train.learning_rate: 0.005 in the saved run, 0.01 now" in err
+    assert "\n  lora.rank: 64 in the saved run, 8 now" in err
+    assert "log_every" not in err
+    assert contents(stopped) == before
+
+
+def test_what_changes_no_result_may_change(resumable, stopped, tmp_path, resume):
+    reference = tmp_path / "reference"
+    train(at(resumable, reference))
+    code, _, err = resume(
+        "train.log_every=1",
+        "train.keep_checkpoints=1",
+        "memory.logprob_chunk_tokens=16",
+        "memory.activation_checkpointing=false",
+    )
+    assert code == 0, err
+    assert adapter(stopped) == adapter(reference)
+    assert_each_row_once(stopped, 12, 4)
+    assert len(list(stopped.glob("checkpoints/*"))) == 1
+
+
+def test_another_micro_batch_goes_on_to_nearly_the_same(resumable, tmp_path, resume):
+    from safetensors.torch import load_file
+
+    resumable = changed(resumable, lora__dropout=0.0, train__optimizer="adamw_torch")
+    reference, output = tmp_path / "reference", tmp_path / "run"
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(at(resumable, output)))
+    train(at(resumable, reference))
+    run_until_killed(at(resumable, output), 10)
+    code, _, err = resume("memory.microbatch_tokens=150")
+    assert code == 0, err
+    ours, theirs = (load_file(run / "adapter/adapter_model.safetensors") for run in (output, reference))
+    start = load_file(output / "checkpoints/step-9/adapter_model.safetensors")
+    moved = sum((theirs[name] - start[name]).abs().sum() for name in theirs)
+    apart = sum((theirs[name] - ours[name]).abs().sum() for name in theirs)
+    assert apart < 0.2 * moved
+
+
+@pytest.mark.parametrize("what", ["train", "eval"])
+def test_changed_data_is_refused(recipe_dict, tmp_path, resume, what):
+    records = preference_records()
+    files = {
+        "train": write_records(tmp_path / "train.jsonl", records[:30]),
+        "eval": write_records(tmp_path / "eval.jsonl", records[30:]),
+    }
+    recipe = at(recipe_dict, tmp_path / "run", **{f"data__{name}": str(path) for name, path in files.items()})
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    run_until_killed(recipe, 3)
+    before = contents(tmp_path / "run")
+    text = files[what].read_text()
+    files[what].write_text(text.replace("fine", "poor", 1))
+    code, out, err = resume()
+    assert (code, out) == (2, "")
+    assert f"data.{what}: the files have changed since {tmp_path / 'run'} began" in err
+    assert contents(tmp_path / "run") == before
+    files[what].write_text(text)
+    assert resume()[0] == 0
+
+
+@pytest.mark.parametrize("damage", [b"", b"no zip at all", None], ids=["empty", "garbage", "truncated"])
+@pytest.mark.parametrize("file", ["optimizer.pt", "adapter_model.safetensors", "state.json"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_good(
+    resumable, tmp_path, resume, stopped, file, damage
+):
+    assert sorted(path.name for path in stopped.glob("checkpoints/*")) == ["step-4", "step-6"]
+    path = stopped / "checkpoints" / "step-6" / file
+    path.write_bytes(path.read_bytes()[:-100] if damage is None and file != "state.json" else damage or b"{")
+    before = contents(stopped)
+    code, out, err = resume()
+    assert (code, out) == (2, "")
+    assert f"{path.parent}: can't be resumed from: " in err
+    assert "remove that folder to go on from the one before it" in err
+    assert contents(stopped) == before
+    if (file, damage) == ("optimizer.pt", None):
+        shutil.rmtree(path.parent)
+        train(at(resumable, tmp_path / "reference"))
+        assert resume()[0] == 0
+        assert_same_end(stopped, tmp_path / "reference")

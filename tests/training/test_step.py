@@ -1,0 +1,297 @@
+"""A step's metrics and gradient are those of its pairs, whatever the micro-batches. Legend: P pairs, S scored tokens."""
+
+import itertools
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from qorpo.data.pack import PackedPairs
+from qorpo.data.tokenize import TokenizedPair
+from qorpo.model.scoring import PairScorer
+from qorpo.recipe import ObjectiveRecipe
+from qorpo.training.step import StepTotals, pair_losses, run_step
+
+CPU = torch.device("cpu")
+CONVENTIONS = list(itertools.product(("response", "all"), ("sequence", "token")))
+WEIGHT = 0.25
+TINY, MEDIUM, HUGE = 1, 45, 10_000  # tokens a row: a pair each, some to a row, all in one
+# transformers computes RMSNorm in float32 whatever the model's type; these have none, so 1e-10 can be asked of them.
+# GPT-2's head is its embedding and trains; GPT-NeoX's is its own, and is frozen here.
+ARCHITECTURES = ("gpt2", "gpt-neox")
+
+
+def objective_of(nll_tokens: str = "response", nll_average: str = "sequence") -> ObjectiveRecipe:
+    return ObjectiveRecipe.model_validate(
+        {"lambda": WEIGHT, "nll_tokens": nll_tokens, "nll_average": nll_average}
+    )
+
+
+def make_pairs() -> list[TokenizedPair]:
+    """Seven pairs of very uneven lengths, from one token a part to more than MEDIUM in all."""
+    generator = random.Random(0)
+    lengths = [(1, 1, 1), (5, 2, 9), (1, 12, 3), (14, 1, 7), (3, 4, 4), (20, 17, 25), (6, 6, 1)]
+    return [
+        TokenizedPair(
+            *(tuple(generator.choices(range(97), k=count)) for count in counts), source=f"pairs:{line}"
+        )
+        for line, counts in enumerate(lengths)
+    ]
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def model(request):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parents[1] / "model")
+        from architectures import build
+
+        model = build(request.param)
+    if request.param == "gpt-neox":
+        model.get_output_embeddings().requires_grad_(False)
+    return model
+
+
+def gradients_of(model) -> dict[str, torch.Tensor]:
+    """The gradients that are there, taken off the model."""
+    grads = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+    model.zero_grad()
+    assert all(grad is not None for grad in grads.values())
+    return grads
+
+
+def step_of(model, pairs, objective: ObjectiveRecipe, microbatch_tokens: int, mode="sdpa"):
+    """Metrics and gradients by qorpo."""
+    scorer = PairScorer(model, mode, chunk_tokens=7)
+    with scorer.attending():
+        metrics = run_step(
+            scorer,
+            pairs,
+            objective,
+            microbatch_tokens=microbatch_tokens,
+            device=CPU,
+            backward=torch.Tensor.backward,
+        )
+    return metrics, gradients_of(model)
+
+
+def paper_step(model, pairs: Sequence[TokenizedPair], nll_tokens: str, nll_average: str):
+    """The same straight from the paper: each sequence alone through the model, no packing, no micro-batch, no
+    rearranged formula."""
+    rows = []
+    nll_sum, nll_count = torch.zeros((), dtype=torch.float64), 0
+    for pair in pairs:
+        logps = {}
+        for side, response in (("chosen", pair.chosen_ids), ("rejected", pair.rejected_ids)):
+            ids = torch.tensor([[*pair.prompt_ids, *response]])
+            probabilities = model(input_ids=ids, use_cache=False).logits[0, :-1].softmax(-1)
+            logps[side] = probabilities[torch.arange(ids.shape[1] - 1), ids[0, 1:]].log()
+        learned = logps["chosen"] if nll_tokens == "all" else logps["chosen"][-len(pair.chosen_ids) :]
+        nll_sum, nll_count = nll_sum - learned.sum(), nll_count + len(learned)
+
+        log_p_chosen = logps["chosen"][-len(pair.chosen_ids) :].mean()
+        log_p_rejected = logps["rejected"][-len(pair.rejected_ids) :].mean()
+        odds_chosen, odds_rejected = (p.exp() / (1 - p.exp()) for p in (log_p_chosen, log_p_rejected))
+        odds_ratio = odds_chosen / odds_rejected  # Eq. 1
+        rows.append(
+            {
+                "nll": -learned.mean(),  # Eqs. 2-3
+                "odds_ratio_loss": -torch.log(torch.sigmoid(torch.log(odds_ratio))),  # Eq. 5
+                "log_odds_ratio": torch.log(odds_ratio),
+                "chosen_logps": log_p_chosen,
+                "rejected_logps": log_p_rejected,
+                "rewards/accuracies": (log_p_chosen > log_p_rejected).double(),
+                "rewards/margins": WEIGHT * (log_p_chosen - log_p_rejected),
+            }
+        )
+    metrics = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+    if nll_average == "token":
+        metrics["nll"] = nll_sum / nll_count
+    metrics["loss"] = metrics["nll"] + WEIGHT * metrics["odds_ratio_loss"]  # Eq. 4
+    metrics["loss"].backward()
+    return {name: value.detach() for name, value in metrics.items()}, gradients_of(model)
+
+
+def assert_same_step(first, second, tolerance=1e-10):
+    for got, expected in zip(first, second, strict=True):
+        assert got.keys() == expected.keys()
+        for name, value in got.items():
+            torch.testing.assert_close(value, expected[name], rtol=0, atol=tolerance, msg=name)
+
+
+# --- on a model ---
+
+
+@pytest.mark.parametrize(("nll_tokens", "nll_average"), CONVENTIONS)
+def test_a_step_is_the_papers_whatever_its_micro_batches(model, nll_tokens, nll_average):
+    pairs = make_pairs()
+    expected = paper_step(model, pairs, nll_tokens, nll_average)
+    assert max(grad.abs().max() for grad in expected[1].values()) > 1e-2  # there is something to compare
+    for microbatch_tokens in (TINY, MEDIUM, HUGE):
+        step = step_of(model, pairs, objective_of(nll_tokens, nll_average), microbatch_tokens)
+        assert_same_step(step, expected)
+
+
+@pytest.mark.parametrize(("nll_tokens", "nll_average"), CONVENTIONS)
+def test_a_step_does_not_depend_on_the_order_of_its_pairs(model, nll_tokens, nll_average):
+    pairs, objective = make_pairs(), objective_of(nll_tokens, nll_average)
+    expected = step_of(model, pairs, objective, HUGE)
+    shuffled = random.Random(1).sample(pairs, k=len(pairs))
+    for order in (pairs[::-1], shuffled):
+        for microbatch_tokens in (TINY, MEDIUM, HUGE):
+            assert_same_step(step_of(model, order, objective, microbatch_tokens), expected)
+
+
+@pytest.mark.parametrize("mode", ["dense", "unshared"])
+def test_a_step_does_not_depend_on_the_way_of_attending(model, mode):
+    pairs, objective = make_pairs(), objective_of("all", "token")
+    expected = step_of(model, pairs, objective, MEDIUM)
+    assert_same_step(step_of(model, pairs, objective, MEDIUM, mode), expected)
+
+
+def test_the_four_conventions_are_four_losses(model):
+    losses = {
+        convention: step_of(model, make_pairs(), objective_of(*convention), HUGE)[0]["loss"].item()
+        for convention in CONVENTIONS
+    }
+    for one, other in itertools.combinations(losses.values(), 2):
+        assert abs(one - other) > 1e-3
+
+
+def test_scoring_alone_gives_the_same_metrics_and_no_gradient(model):
+    pairs, objective = make_pairs(), objective_of()
+    expected, _ = step_of(model, pairs, objective, MEDIUM)
+    scorer = PairScorer(model, "sdpa")
+    with torch.no_grad(), scorer.attending():
+        metrics = run_step(scorer, pairs, objective, microbatch_tokens=TINY, device=CPU)
+    assert_same_step((metrics, {}), (expected, {}))
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+# --- by hand, with a scorer that looks log-probs up ---
+
+
+class _Lookup:
+    """A scorer for which a token's log-prob is minus its id; notes the rows it is given."""
+
+    def __init__(self, dtype=torch.float64):
+        self.scale = torch.ones((), dtype=dtype, requires_grad=True)
+        self.rows: list[PackedPairs] = []
+
+    def __call__(self, packed: PackedPairs) -> torch.Tensor:
+        self.rows.append(packed)
+        return -self.scale * packed.targets.to(self.scale.dtype)
+
+
+# Chosen: one token of −4; three of −1, −1 and −2. Rejected: −2; −3 and −5.
+# The second token of the second prompt is −6, its third −7; a first token is never scored.
+HAND = [
+    TokenizedPair((50,), (4,), (2,), "a:1"),
+    TokenizedPair((60, 6, 7), (1, 1, 2), (3, 5), "a:2"),
+]
+HAND_NLL = {
+    # A mean of each sequence, then of the pairs: (4 + 4/3) / 2.
+    ("response", "sequence"): (4 + 4 / 3) / 2,
+    # All tokens of the step alike: (4 + 4) over 1 + 3. A mean of each micro-batch would give (4 + 4/3) / 2 again.
+    ("response", "token"): (4 + 4) / 4,
+    # The second pair's prompt adds 6 + 7 in two tokens: (4 + 17/5) / 2.
+    ("all", "sequence"): (4 + 17 / 5) / 2,
+    ("all", "token"): (4 + 17) / 6,
+}
+
+
+@pytest.mark.parametrize("microbatch_tokens", [TINY, HUGE])
+@pytest.mark.parametrize("convention", CONVENTIONS)
+def test_the_nll_of_a_step_by_hand(convention, microbatch_tokens):
+    metrics = run_step(
+        _Lookup(), HAND, objective_of(*convention), microbatch_tokens=microbatch_tokens, device=CPU
+    )
+    assert metrics["nll"].item() == pytest.approx(HAND_NLL[convention], rel=1e-15)
+    # The odds are over responses, averaged a sequence, in every convention.
+    assert metrics["chosen_logps"].item() == pytest.approx((-4 - 4 / 3) / 2, rel=1e-15)
+    assert metrics["rejected_logps"].item() == pytest.approx((-2 - 4) / 2, rel=1e-15)
+    assert metrics["rewards/accuracies"].item() == 0.5
+    assert metrics["loss"].item() == pytest.approx(
+        HAND_NLL[convention] + WEIGHT * metrics["odds_ratio_loss"].item(), rel=1e-15
+    )
+
+
+@pytest.mark.parametrize("convention", CONVENTIONS)
+def test_the_shares_of_the_loss_add_up_to_it(convention):
+    pairs, objective = make_pairs(), objective_of(*convention)
+    shares: list[torch.Tensor] = []
+    metrics = run_step(
+        _Lookup(), pairs, objective, microbatch_tokens=MEDIUM, device=CPU, backward=shares.append
+    )
+    assert len(shares) > 2
+    assert all(share.requires_grad and share.shape == () for share in shares)
+    assert sum(share.item() for share in shares) == pytest.approx(metrics["loss"].item(), rel=1e-14)
+
+
+@pytest.mark.parametrize("convention", CONVENTIONS)
+def test_a_micro_batch_by_itself(convention):
+    pairs, objective = make_pairs(), objective_of(*convention)
+    totals = StepTotals.of(pairs, objective)
+    lookup = _Lookup()
+    run_step(lookup, pairs, objective, microbatch_tokens=MEDIUM, device=CPU)
+    outputs = [pair_losses(lookup(packed), packed, objective, totals) for packed in list(lookup.rows)]
+    assert sum(len(output.metrics["loss"]) for output in outputs) == totals.pairs
+    for output in outputs:
+        torch.testing.assert_close(output.loss, output.metrics["loss"].sum(), rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("nll_tokens", ["response", "all"])
+@pytest.mark.parametrize("microbatch_tokens", [TINY, MEDIUM, HUGE])
+def test_rows_keep_the_budget_and_score_prompts_only_where_these_are_learned(microbatch_tokens, nll_tokens):
+    pairs, lookup = make_pairs(), _Lookup()
+    run_step(lookup, pairs, objective_of(nll_tokens), microbatch_tokens=microbatch_tokens, device=CPU)
+    assert sum(len(packed.lengths) for packed in lookup.rows) == len(pairs)
+    for packed in lookup.rows:
+        assert packed.input_ids.numel() <= microbatch_tokens or len(packed.lengths) == 1
+        assert packed.scores_prompts == (nll_tokens == "all")
+    assert len(lookup.rows) == {TINY: 7, HUGE: 1}.get(microbatch_tokens, 3)
+
+
+def test_what_the_means_are_over():
+    assert StepTotals.of(HAND, objective_of("response")) == StepTotals(pairs=2, nll_tokens=4, row_tokens=11)
+    assert StepTotals.of(HAND, objective_of("all")) == StepTotals(pairs=2, nll_tokens=6, row_tokens=11)
+
+
+def test_sequences_are_averaged_in_float64():
+    # Each token is float32's 0.1; summed in float32, a thousand of them are off by 1e-6.
+    pairs = [TokenizedPair((1,), (2,) * 1000, (3,) * 1000, "a:1")]
+
+    def tenths(packed: PackedPairs) -> torch.Tensor:
+        return torch.full((len(packed.targets),), -0.1, dtype=torch.float32)
+
+    metrics = run_step(tenths, pairs, objective_of(), microbatch_tokens=HUGE, device=CPU)
+    tenth = torch.tensor(0.1, dtype=torch.float32).double().item()
+    assert metrics["nll"].item() == pytest.approx(tenth, rel=1e-12)
+    assert metrics["chosen_logps"].item() == pytest.approx(-tenth, rel=1e-12)
+    assert {value.dtype for value in metrics.values()} == {torch.float64}
+
+
+class _NoWaiting(TorchDispatchMode):
+    """Refuses what would make the host wait for a device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        waits = torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal
+        assert func.overloadpacket not in waits, f"{func} reads a value on the host"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("convention", CONVENTIONS)
+def test_a_step_never_waits_for_the_device(convention):
+    lookup, pairs, objective = _Lookup(), make_pairs(), objective_of(*convention)
+    with _NoWaiting():
+        metrics = run_step(
+            lookup, pairs, objective, microbatch_tokens=MEDIUM, device=CPU, backward=torch.Tensor.backward
+        )
+        with pytest.raises(AssertionError, match="on the host"):  # the watch sees what it is to see
+            metrics["loss"].item()
+    assert lookup.scale.grad is not None
+    for name, value in metrics.items():
+        assert value.shape == (), name
+        assert not value.requires_grad, name
