@@ -30,6 +30,10 @@ def make_scorer(model: Any, attention: str = "auto", chunk_tokens: int = 256) ->
     Raises:
         ModelError: where no mode, or not the named one, gives the model's own log-probs; says why for each.
     """
+    config = model.config.get_text_config()
+    if getattr(config, "attn_logit_softcapping", None) and config._attn_implementation == "sdpa":
+        # Before 5.23 transformers runs Gemma-2 on SDPA, which leaves the soft cap out without a word.
+        config._attn_implementation = "eager"
     packed = _probe_pairs(model)
     with torch.no_grad():
         was_training = model.training

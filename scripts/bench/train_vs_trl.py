@@ -86,8 +86,9 @@ def main() -> None:
             runs += [{"side": "trl", "batch": int(batch)} for batch in options.trl_batches.split(",")]
         results: list[list[dict[str, Any]]] = [[] for _ in runs]
         for number in range(options.rounds):
-            for run, found in zip(runs, results, strict=True):
-                found.append(in_own_process(run, options, prepared, Path(scratch) / f"{number}"))
+            for place, (run, found) in enumerate(zip(runs, results, strict=True)):
+                folder = Path(scratch) / f"{number}-{place}"
+                found.append(in_own_process(run, options, prepared, folder))
                 print(f"round {number + 1}: {run}: {found[-1]}", file=sys.stderr, flush=True)
 
     medians = [median(found) for found in results]
@@ -210,7 +211,7 @@ def train(run: dict[str, Any], options: argparse.Namespace, pairs: Path, folder:
     logging.getLogger("qorpo").setLevel(logging.WARNING)
     side = {"qorpo": run_qorpo, "trl": run_trl}[run["side"]]
     try:
-        recipe = make_recipe(run, options, pairs, folder / run["side"])
+        recipe = make_recipe(run, options, pairs, folder)
         tokenizer = load_tokenizer(options.base)
         model = load_model(options.base, quantization=options.quantization, device=options.device)
         step_ends, losses, memory = side(run, options, recipe, model, tokenizer)

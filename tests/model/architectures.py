@@ -41,4 +41,6 @@ def build(name_or_type: str, config: dict | None = None, **changes) -> PreTraine
     torch.manual_seed(0)
     settings = {**settings, "initializer_range": 0.2, **changes}
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**settings))
+    if getattr(model.config, "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")  # SDPA has no soft cap, and transformers before 5.23 doesn't mind
     return model.double().eval()

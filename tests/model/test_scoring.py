@@ -23,9 +23,8 @@ def float64_throughout(monkeypatch):
     to, softmax = torch.Tensor.to, F.softmax
 
     def wide_to(tensor, *args, **kwargs):
-        if tensor.dtype == torch.float64:
-            args = [torch.float64 if arg is torch.float32 else arg for arg in args]
-            kwargs = {name: torch.float64 if arg is torch.float32 else arg for name, arg in kwargs.items()}
+        args = [torch.float64 if arg is torch.float32 else arg for arg in args]
+        kwargs = {name: torch.float64 if arg is torch.float32 else arg for name, arg in kwargs.items()}
         return to(tensor, *args, **kwargs)
 
     monkeypatch.setattr(torch.Tensor, "to", wide_to)
@@ -186,3 +185,10 @@ class RecordSizes(torch.utils._python_dispatch.TorchDispatchMode):
         if isinstance(result, torch.Tensor) and result.shape[-1:] == (97,):
             self.sizes.append(result.numel())
         return result
+
+
+def test_a_soft_cap_is_never_left_out_by_sdpa():
+    model = build("gemma2")
+    model.config._attn_implementation = "sdpa"
+    assert make_scorer(model).mode == "sdpa"
+    assert model.config._attn_implementation == "eager"

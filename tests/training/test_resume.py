@@ -13,7 +13,7 @@ import time
 import pytest
 import torch
 import yaml
-from tiny import changed, preference_records, read_metrics, write_records
+from tiny import changed, preference_records, read_metrics, short_recipe, write_records
 
 from qorpo import train
 from qorpo.training.progress import Progress
@@ -36,11 +36,11 @@ class KillAt(Progress):
             raise Killed
 
 
-@pytest.fixture
-def resumable(recipe_dict):
+@pytest.fixture(scope="module")
+def resumable(base, pairs_file):
     """NF4, dropout, 8-bit states (a rank high enough that they are 8-bit), evaluation, checkpoints on another beat."""
     return changed(
-        recipe_dict,
+        short_recipe(base, pairs_file, "unset"),
         lora__rank=64,
         lora__dropout=0.1,
         data__eval=0.25,
@@ -50,6 +50,47 @@ def resumable(recipe_dict):
         train__log_every=2,
         train__optimizer="paged_adamw_8bit",
     )
+
+
+@pytest.fixture(scope="module")
+def reference(resumable, tmp_path_factory):
+    """The run that nothing stopped."""
+    output = tmp_path_factory.mktemp("reference") / "run"
+    train(at(resumable, output))
+    return output
+
+
+@pytest.fixture(scope="module")
+def stopped_at_8(resumable, tmp_path_factory):
+    output = tmp_path_factory.mktemp("stopped") / "run"
+    run_until_killed(at(resumable, output), 8)
+    return output
+
+
+@pytest.fixture
+def stopped(stopped_at_8, resumable, tmp_path):
+    """A run killed at step 8, for `resume` to go on with."""
+    shutil.copytree(stopped_at_8, tmp_path / "run")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(at(resumable, tmp_path / "run")))
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def finished(reference, resumable, tmp_path):
+    """A run that came to its end."""
+    shutil.copytree(reference, tmp_path / "run")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(at(resumable, tmp_path / "run")))
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def resume(command, tmp_path):
+    """resume(overrides…) is (exit code, stdout, stderr) of the command."""
+
+    def run(*overrides):
+        return command("train", tmp_path / "recipe.yaml", "--resume", *overrides)
+
+    return run
 
 
 def at(recipe, output, **changes):
@@ -130,14 +171,16 @@ def test_a_command_killed_again_and_again_ends_bit_for_bit_the_same(resumable, t
 
     assert_same_end(output, reference)
     assert_each_row_once(output, steps, 4)
-    newest = torch.load(output / "checkpoints" / f"step-{steps}" / "optimizer.pt", weights_only=True)
-    kinds = {
-        value.dtype
-        for state in newest["optimizer"]["state"].values()
-        for value in state.values()
-        if torch.is_tensor(value)
-    }
-    assert torch.uint8 in kinds, "no 8-bit state was part of this"
+    state = torch.load(output / "checkpoints" / f"step-{steps}" / "optimizer.pt", weights_only=True)
+    assert torch.uint8 in {tensor.dtype for tensor in tensors_in(state)}, "no 8-bit state was part of this"
+
+
+def tensors_in(nested):
+    if torch.is_tensor(nested):
+        yield nested
+    elif isinstance(nested, dict | list):
+        for each in nested.values() if isinstance(nested, dict) else nested:
+            yield from tensors_in(each)
 
 
 def wait_for_step(process, output, step):
@@ -155,11 +198,9 @@ def wait_for_step(process, output, step):
 
 
 @pytest.mark.parametrize("step", [1, 2, 3, 4, 7, 12])
-def test_a_kill_after_any_step(resumable, tmp_path, step):
+def test_a_kill_after_any_step(resumable, reference, tmp_path, step):
     """1 and 2 are before the first checkpoint; 3 before its own is written; 4 before its evaluation; 12 before the end."""
-    resumable = changed(resumable, train__max_steps=12)
-    reference, output = tmp_path / "reference", tmp_path / "run"
-    train(at(resumable, reference))
+    output = tmp_path / "run"
     run_until_killed(at(resumable, output), step)
     assert not (output / "adapter").exists()
     train(at(resumable, output), resume=True)
@@ -205,64 +246,37 @@ def test_the_best_before_a_kill_is_still_the_best_after(resumable, tmp_path, mon
     assert adapter(output) == (output / "checkpoints/step-4/adapter_model.safetensors").read_bytes()
 
 
-def test_a_half_written_checkpoint_is_passed_over_and_swept_away(resumable, tmp_path):
-    reference, output = tmp_path / "reference", tmp_path / "run"
-    train(at(resumable, reference))
-    run_until_killed(at(resumable, output), 8)
-    half = output / "checkpoints" / ".step-8.unfinished"
-    shutil.copytree(output / "checkpoints" / "step-6", half)
+def test_a_half_written_checkpoint_is_passed_over_and_swept_away(resumable, reference, stopped):
+    half = stopped / "checkpoints" / ".step-8.unfinished"
+    shutil.copytree(stopped / "checkpoints" / "step-6", half)
     (half / "optimizer.pt").write_bytes(b"PK half")
-    (output / "metrics.jsonl").open("a").write('{"step": 8, "lo')
-    train(at(resumable, output), resume=True)
-    assert_same_end(output, reference)
+    with (stopped / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "lo')
+    train(at(resumable, stopped), resume=True)
+    assert_same_end(stopped, reference)
 
 
 # --- what --resume answers ---
 
 
-@pytest.fixture
-def stopped(resumable, tmp_path):
-    """A run killed after step 8, and its recipe's file."""
-    recipe = at(resumable, tmp_path / "run")
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    run_until_killed(recipe, 8)
-    return tmp_path / "run"
-
-
-@pytest.fixture
-def resume(command, tmp_path):
-    """resume(overrides…) is (exit code, stdout, stderr) of the command."""
-
-    def run(*overrides):
-        return command("train", tmp_path / "recipe.yaml", "--resume", *overrides)
-
-    return run
-
-
-def test_a_finished_run_is_left_as_it_is(resumable, tmp_path, resume):
-    output = tmp_path / "run"
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(at(resumable, output)))
-    train(at(resumable, output))
-    before = contents(output)
+def test_a_finished_run_is_left_as_it_is(finished, resume):
+    before = contents(finished)
     code, out, err = resume()
     assert code == 0, err
-    assert out.startswith(f"adapter: {output / 'adapter'}\n")
+    assert out.startswith(f"adapter: {finished / 'adapter'}\n")
     assert "Traceback" not in err
-    after = contents(output)
+    after = contents(finished)
     for each in (before, after):
         del each["adapter/adapter_config.json"]  # its lists come in any order
     assert after == before
 
 
-def test_a_finished_runs_adapter_is_made_again_where_it_was_lost(resumable, tmp_path, resume):
-    output = tmp_path / "run"
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(at(resumable, output)))
-    train(at(resumable, output))
-    before = adapter(output)
-    shutil.rmtree(output / "adapter")
+def test_a_finished_runs_adapter_is_made_again_where_it_was_lost(finished, resume):
+    before = adapter(finished)
+    shutil.rmtree(finished / "adapter")
     code, _, err = resume()
     assert code == 0, err
-    assert adapter(output) == before
+    assert adapter(finished) == before
 
 
 def test_another_learning_rate_is_refused_with_both(stopped, resume):
@@ -276,9 +290,7 @@ def test_another_learning_rate_is_refused_with_both(stopped, resume):
     assert contents(stopped) == before
 
 
-def test_what_changes_no_result_may_change(resumable, stopped, tmp_path, resume):
-    reference = tmp_path / "reference"
-    train(at(resumable, reference))
+def test_what_changes_no_result_may_change(stopped, reference, resume):
     code, _, err = resume(
         "train.log_every=1",
         "train.keep_checkpoints=1",
@@ -331,9 +343,7 @@ def test_changed_data_is_refused(recipe_dict, tmp_path, resume, what):
 
 @pytest.mark.parametrize("damage", [b"", b"no zip at all", None], ids=["empty", "garbage", "truncated"])
 @pytest.mark.parametrize("file", ["optimizer.pt", "adapter_model.safetensors", "state.json"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_good(
-    resumable, tmp_path, resume, stopped, file, damage
-):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_good(stopped, reference, resume, file, damage):
     assert sorted(path.name for path in stopped.glob("checkpoints/*")) == ["step-4", "step-6"]
     path = stopped / "checkpoints" / "step-6" / file
     path.write_bytes(path.read_bytes()[:-100] if damage is None and file != "state.json" else damage or b"{")
@@ -345,6 +355,5 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_good(
     assert contents(stopped) == before
     if (file, damage) == ("optimizer.pt", None):
         shutil.rmtree(path.parent)
-        train(at(resumable, tmp_path / "reference"))
         assert resume()[0] == 0
-        assert_same_end(stopped, tmp_path / "reference")
+        assert_same_end(stopped, reference)
