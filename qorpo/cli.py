@@ -28,7 +28,7 @@ def commands() -> None:
 def train(
     recipe: Annotated[str, typer.Argument(help="A recipe in YAML, such as configs/demo.yaml.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Changes to the recipe.")
+        list[str] | None, typer.Argument(metavar="KEY.SUB=VALUE", help="Changes to the recipe.")
     ] = None,
     resume: Annotated[
         bool,

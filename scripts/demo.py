@@ -79,4 +79,5 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except QorpoError as error:
-        sys.exit(f"qorpo: {error}")
+        print(f"qorpo: {error}", file=sys.stderr)
+        sys.exit(2)

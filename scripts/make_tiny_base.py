@@ -46,6 +46,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
 )
 
+SYSTEM_TURN_SHARE = 0.5
 NUM_STEPS = 800
 BATCH_SIZE = 96
 PEAK_LEARNING_RATE = 4e-3
@@ -345,7 +346,7 @@ def make_conversations(seed: int, count: int) -> list[list[dict[str, str]]]:
         right, polite = index % 2 == 0, index % 4 < 2
         response = question.response(rng, right=right, polite=polite)
         messages = [{"role": "user", "content": question.prompt}, {"role": "assistant", "content": response}]
-        if rng.random() < 0.25:
+        if rng.random() < SYSTEM_TURN_SHARE:
             messages.insert(0, {"role": "system", "content": MANNERS[right, polite]})
         conversations.append(messages)
     return conversations

@@ -275,14 +275,22 @@ def test_mathematics_loads_torch_and_no_other_model_library():
 
 
 def test_help_answers_at_once():
+    # It waits for nothing, so on a machine that is busy with other things the processor's time says as much.
     seconds = []
     for _ in range(3):
-        started = time.perf_counter()
+        started, spent_before = time.perf_counter(), processor_seconds_of_children()
         answer = run_python("-m", "qorpo", "--help")
-        seconds.append(time.perf_counter() - started)
+        elapsed, spent = time.perf_counter() - started, processor_seconds_of_children() - spent_before
+        seconds.append(min(elapsed, spent or elapsed))
     assert "Usage" in answer.stdout
     assert "train" in answer.stdout
     assert min(seconds) < 0.5, seconds
+
+
+def processor_seconds_of_children() -> float:
+    """Of processes that have ended; 0 where the system doesn't tell (Windows)."""
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 def test_help_loads_no_model_library():

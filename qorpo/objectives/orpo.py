@@ -36,11 +36,15 @@ def orpo_loss(
         (λ times the difference of average log-likelihoods).
 
     Raises:
-        ValueError: for an unknown reduction or sides of different shapes.
+        ValueError: for an unknown reduction, or shapes that don't fit together.
     """
     if chosen_logps.shape != rejected_logps.shape:
         raise ValueError(
             f"chosen {tuple(chosen_logps.shape)} and rejected {tuple(rejected_logps.shape)} differ in shape"
+        )
+    if isinstance(nll, torch.Tensor) and nll.numel() != 1 and nll.shape != chosen_logps.shape:
+        raise ValueError(
+            f"nll {tuple(nll.shape)} is neither a scalar nor of the pairs' shape {tuple(chosen_logps.shape)}"
         )
     chosen_P, rejected_P = chosen_logps.double(), rejected_logps.double()
     log_odds_ratio_P = log_odds(chosen_P) - log_odds(rejected_P)  # log of Eq. 1

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 
 class _Head(NamedTuple):
@@ -84,7 +85,8 @@ def token_logps_plain(
     logit_softcap: float | None = None,
 ) -> torch.Tensor:
     """The slow twin of `token_logps`: all logits at once, gradients by autograd. Same arguments and result."""
-    logits_SV = F.linear(hidden, weight, bias)
+    bias = None if bias is None else bias.to(hidden.dtype)
+    logits_SV = F.linear(hidden, weight.to(hidden.dtype), bias)
     logits_SV = logits_SV.to(_accumulation_dtype(hidden)) * logit_scale
     if logit_softcap is not None:
         logits_SV = logit_softcap * torch.tanh(logits_SV / logit_softcap)
@@ -111,16 +113,16 @@ class _FrozenHead(torch.autograd.Function):
                 slopes_CV.scatter_(1, targets_C[:, None], 0.0)
                 others_CH = slopes_CV.to(hidden_SH.dtype) @ head.weight_VH
                 slopes_SH[rows] = others_CH + target_slopes_C[:, None] * head.weight_VH[targets_C]
+        ctx.save_for_backward(slopes_SH)
         ctx.hidden_dtype = hidden_SH.dtype
-        ctx.slopes_SH = (
-            slopes_SH  # neither an input nor an output of this function: not for save_for_backward
-        )
         return logps_S
 
     @staticmethod
+    @once_differentiable  # the stored vector is no function of hidden to autograd
     def backward(ctx, upstream_S):
+        (slopes_SH,) = ctx.saved_tensors
         # A product of low and high precision is computed in the high one; it is rounded once.
-        grad_SH = (ctx.slopes_SH * upstream_S[:, None]).to(ctx.hidden_dtype)
+        grad_SH = (slopes_SH * upstream_S[:, None]).to(ctx.hidden_dtype)
         return grad_SH, None, None, None, None, None, None
 
 
@@ -139,6 +141,7 @@ class _TrainedHead(torch.autograd.Function):
         return logps_S
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, upstream_S):
         hidden_SH, weight_VH, bias_V, targets_S = ctx.saved_tensors
         head = _Head(weight_VH, bias_V, ctx.scale, ctx.softcap).cast(hidden_SH.dtype)
@@ -153,11 +156,10 @@ class _TrainedHead(torch.autograd.Function):
             slopes_CV *= upstream_S[rows, None]
             if grad_bias_V is not None:
                 grad_bias_V += slopes_CV.sum(0)
-            slopes_CV = slopes_CV.to(hidden_SH.dtype)
             if grad_hidden_SH is not None:
-                torch.mm(slopes_CV, head.weight_VH, out=grad_hidden_SH[rows])
+                torch.mm(slopes_CV.to(hidden_SH.dtype), head.weight_VH, out=grad_hidden_SH[rows])
             if grad_weight_VH is not None:
-                grad_weight_VH += slopes_CV.T @ hidden_CH
+                _add_outer(grad_weight_VH, slopes_CV, hidden_CH)
         return (
             grad_hidden_SH,
             None if grad_weight_VH is None else grad_weight_VH.to(weight_VH.dtype),
@@ -209,6 +211,15 @@ def _logit_slopes(
     if head.scale != 1.0:
         slopes_CV *= head.scale
     return slopes_CV if damping_CV is None else slopes_CV.mul_(damping_CV)
+
+
+def _add_outer(grad_weight_VH: torch.Tensor, slopes_CV: torch.Tensor, hidden_CH: torch.Tensor) -> None:
+    """grad_weight += slopesᵀ hidden, a sum over tokens that no low-precision rounding interrupts."""
+    if hidden_CH.is_cuda and hidden_CH.dtype != slopes_CV.dtype:
+        # Tensor cores add up in float32; only the result would be rounded.
+        grad_weight_VH += torch.mm(slopes_CV.T.to(hidden_CH.dtype), hidden_CH, out_dtype=slopes_CV.dtype)
+    else:
+        grad_weight_VH.addmm_(slopes_CV.T, hidden_CH.to(slopes_CV.dtype))
 
 
 def _pick(values_CV: torch.Tensor, targets_C: torch.Tensor) -> torch.Tensor:

@@ -144,7 +144,8 @@ class Trainer:
             raise RunError(f"output: {folder.path} holds a run; resume it, or give another output")
         folder.path.mkdir(parents=True, exist_ok=True)
         if settings.report_to:
-            self.accelerator.init_trackers("qorpo", _flat(self.recipe.to_dict()))
+            with folder.writing():
+                self.accelerator.init_trackers("qorpo", _flat(self.recipe.to_dict()))
         step_metrics: dict[str, float] = {}
         eval_metrics: dict[str, float] = {}
         try:
@@ -171,7 +172,8 @@ class Trainer:
                 self.save(unfinished)
         finally:
             self.progress.close()
-            self.accelerator.end_training()
+            with folder.writing():
+                self.accelerator.end_training()
         return eval_metrics or step_metrics
 
     def evaluate(self) -> dict[str, float]:
@@ -265,7 +267,7 @@ class Trainer:
         for step, row in enumerate(values, start=first):
             metrics = {"epoch": step / self.steps_per_epoch, **dict(zip(names, row, strict=True)), **speeds}
             rows.append({"step": step, **metrics})
-            self.accelerator.log(metrics, step=step)
+            self._track(metrics, step)
         self.folder.append_metrics(rows)
         for row in rows:
             if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
@@ -274,10 +276,14 @@ class Trainer:
         self.progress.logged(self.state.step, means)
         return means
 
+    def _track(self, metrics: dict[str, float], step: int) -> None:
+        with self.folder.writing():  # trackers write files too
+            self.accelerator.log(metrics, step=step)
+
     def _evaluate_and_log(self) -> dict[str, float]:
         metrics = self.evaluate()
         self.folder.append_metrics([{"step": self.state.step, **metrics}])
-        self.accelerator.log(metrics, step=self.state.step)
+        self._track(metrics, self.state.step)
         self.progress.evaluated(self.state.step, metrics)
         if not math.isfinite(metrics["eval_loss"]):
             raise _diverged(self.state.step, f"evaluation loss {metrics['eval_loss']}")

