@@ -4,33 +4,33 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-SMALL = dict(
-    vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-)  # fmt: skip
-OPT = dict(
-    vocab_size=97, hidden_size=32, ffn_dim=48, num_hidden_layers=3, num_attention_heads=4,
-    max_position_embeddings=128, dropout=0.0, word_embed_proj_dim=32, pad_token_id=1,
-)  # fmt: skip
+SMALL = {
+    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+OPT = {
+    "vocab_size": 97, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "max_position_embeddings": 128, "dropout": 0.0, "word_embed_proj_dim": 32, "pad_token_id": 1,
+}  # fmt: skip
 
 # name: (model_type, config). Windows are shorter than the test's rows, caps and scales far from neutral.
 SHARED = {
     "llama": ("llama", SMALL),
-    "llama-tied": ("llama", SMALL | dict(tie_word_embeddings=True)),
-    "mistral-window": ("mistral", SMALL | dict(sliding_window=5)),
+    "llama-tied": ("llama", SMALL | {"tie_word_embeddings": True}),
+    "mistral-window": ("mistral", SMALL | {"sliding_window": 5}),
     "qwen2": ("qwen2", SMALL),
-    "qwen2-mixed-windows": ("qwen2", SMALL | dict(use_sliding_window=True, sliding_window=4, max_window_layers=1)),
-    "qwen3": ("qwen3", SMALL | dict(head_dim=16)),
-    "gemma2": ("gemma2", SMALL | dict(head_dim=8, sliding_window=4, final_logit_softcapping=3.0, attn_logit_softcapping=2.0)),
-    "gemma3": ("gemma3_text", SMALL | dict(head_dim=8, sliding_window=4, layer_types=["sliding_attention", "full_attention"] * 1 + ["sliding_attention"])),
+    "qwen2-mixed-windows": ("qwen2", SMALL | {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
+    "qwen3": ("qwen3", SMALL | {"head_dim": 16}),
+    "gemma2": ("gemma2", SMALL | {"head_dim": 8, "sliding_window": 4, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0}),
+    "gemma3": ("gemma3_text", SMALL | {"head_dim": 8, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"] * 1 + ["sliding_attention"]}),
     "phi": ("phi", {**SMALL, "resid_pdrop": 0.0}),
-    "phi3": ("phi3", SMALL | dict(sliding_window=6)),
+    "phi3": ("phi3", SMALL | {"sliding_window": 6}),
     "opt": ("opt", OPT),
-    "opt-350m-kind": ("opt", OPT | dict(word_embed_proj_dim=16, do_layer_norm_before=False)),
-    "gpt2": ("gpt2", dict(vocab_size=97, n_embd=32, n_layer=3, n_head=4, n_positions=128, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)),
+    "opt-350m-kind": ("opt", OPT | {"word_embed_proj_dim": 16, "do_layer_norm_before": False}),
+    "gpt2": ("gpt2", {"vocab_size": 97, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
     "gpt-neox": ("gpt_neox", {k: v for k, v in SMALL.items() if k != "num_key_value_heads"}),
-    "cohere": ("cohere", SMALL | dict(logit_scale=0.25)),
-    "granite": ("granite", SMALL | dict(logits_scaling=4.0, attention_multiplier=0.2, residual_multiplier=0.5, embedding_multiplier=3.0)),
+    "cohere": ("cohere", SMALL | {"logit_scale": 0.25}),
+    "granite": ("granite", SMALL | {"logits_scaling": 4.0, "attention_multiplier": 0.2, "residual_multiplier": 0.5, "embedding_multiplier": 3.0}),
     "olmo2": ("olmo2", SMALL),
 }  # fmt: skip
 
@@ -42,5 +42,7 @@ def build(name_or_type: str, config: dict | None = None, **changes) -> PreTraine
     settings = {**settings, "initializer_range": 0.2, **changes}
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**settings))
     if getattr(model.config, "attn_logit_softcapping", None):
-        model.set_attn_implementation("eager")  # SDPA has no soft cap, and transformers before 5.23 doesn't mind
+        model.set_attn_implementation(
+            "eager"
+        )  # SDPA has no soft cap, and transformers before 5.23 doesn't mind
     return model.double().eval()
