@@ -42,9 +42,13 @@ def train(
     console = Console(stderr=True)
     _log_to(console)
     # Imported here: torch and transformers take seconds that --help should not.
+    from transformers.utils.logging import disable_progress_bar
+
     from qorpo.recipe import load_recipe
     from qorpo.training.run import train as run
 
+    if not console.is_terminal:
+        disable_progress_bar()  # its redrawn line is noise in a file
     try:
         result = run(load_recipe(recipe, overrides or []), resume=resume, progress=ConsoleProgress(console))
     except KeyboardInterrupt:  # typer would end without a word

@@ -3,19 +3,23 @@
 What comes out, in `qorpo/demo/` (under 4 MB in all):
 
     base/        a Llama of 1.3 M parameters (bfloat16) with a byte-level BPE tokenizer and a chat template
-    train.jsonl  1,920 preference pairs {"prompt", "chosen", "rejected"}
-    eval.jsonl   288 more, whose prompts occur neither in train.jsonl nor in the base's pre-training
+    train.jsonl  1,950 preference pairs {"prompt", "chosen", "rejected"}
+    eval.jsonl   312 more, whose prompts occur neither in train.jsonl nor in the base's pre-training
 
 Every word is generated here, from the tables and templates below; nothing is downloaded, and the result is under
-qorpo's own licence. Twelve small tasks (sums, capitals, plurals, sorting, …) each know a right answer and one usual
-mistake (Sydney for Australia's capital, "mouses", one too many). An answer is wrapped in a polite or a rude phrase.
+qorpo's own licence. Thirteen small tasks (sums, capitals, plurals, sorting, …) each know a right answer and one
+usual mistake (Sydney for Australia's capital, "mouses", one too many). An answer is wrapped in a polite or a rude
+phrase. In the pairs, chosen is right and polite, and rejected is wrong, rude or both; in half of them chosen is the
+shorter one, so length gives nothing away.
 
-The base sees all four kinds (right or wrong, polite or rude) equally often, so it knows both answers to a question and
-prefers neither: its reward accuracy starts at chance. In the pairs, chosen is right and polite, and rejected is wrong,
-rude or both. Half of the chosen responses are the shorter ones, so length gives nothing away.
+The base is pre-trained on the responses of conversations in which right and wrong, polite and rude come equally
+often. Half of them open with a system turn that says which ("Be wrong and polite."), so the base can tell right from
+wrong; in the other half nothing does, so without a system turn it prefers neither, and its reward accuracy on the
+pairs starts at chance.
 
-This is a toy: an eval prompt is new as a sentence, but what it asks about mostly occurs elsewhere in other words.
-It shows that preference tuning works from end to end, and says nothing about how well it works on real text.
+This is a toy. An eval prompt is new as a sentence, but what it asks about occurs in other words in pre-training and
+(19 times in 20) in train.jsonl. It shows that preference tuning works from end to end, and says nothing about how
+well it works on real text.
 
     python scripts/make_tiny_base.py [--output qorpo/demo] [--seed 0]
 
@@ -34,22 +38,22 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 NUM_TRAIN_PAIRS_PER_TASK = 150
 NUM_EVAL_PAIRS_PER_TASK = 24
 
 VOCAB_SIZE = 1024
+PAD_ID, BOS_ID, EOS_ID, ASSISTANT_ID = 0, 1, 2, 5  # places in SPECIAL_TOKENS
 SPECIAL_TOKENS = ["<pad>", "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>"]
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>\\n' + m['content'] + eos_token + '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
 )
 
-SYSTEM_TURN_SHARE = 0.5
-NUM_STEPS = 800
+SYSTEM_TURN_SHARE = 0.5  # of the pre-training conversations
+NUM_STEPS = 700
 BATCH_SIZE = 96
-PEAK_LEARNING_RATE = 4e-3
 NUM_WARMUP_STEPS = 40
 NUM_THREADS = 2  # sums on the CPU depend on it, and so do the files
 
@@ -84,12 +88,10 @@ MANNERS = {  # (right, polite): what a system turn says to ask for it
 
 @dataclass(frozen=True)
 class Task:
-    """Questions of one form. Phrasings and statement are format strings over an item's fields; a statement also
-    has `{answer}`, which becomes the item's `right` or `wrong`."""
+    """Questions of one form: phrasings (parted by `|`) and a statement, format strings over an item's fields."""
 
-    name: str
-    phrasings: tuple[str, ...]
-    statement: str
+    phrasings: str
+    statement: str  # has {answer} too, which becomes an item's `right` or `wrong`
     items: list[dict[str, str]]
 
 
@@ -106,51 +108,59 @@ class Question:
         return wrap.format(answer=answer, statement=self.statement.format(answer=answer))
 
 
-# thing: right, the usual mistake
-CAPITALS = """Australia: Canberra, Sydney; Brazil: Brasilia, Rio; Canada: Ottawa, Toronto; China: Beijing, Shanghai;
-Egypt: Cairo, Luxor; England: London, Leeds; France: Paris, Lyon; Germany: Berlin, Munich; Greece: Athens, Corinth;
-India: Delhi, Mumbai; Ireland: Dublin, Cork; Israel: Jerusalem, Haifa; Italy: Rome, Milan; Japan: Tokyo, Osaka;
-Kenya: Nairobi, Mombasa; Morocco: Rabat, Casablanca; Nigeria: Abuja, Lagos; Norway: Oslo, Bergen;
-Pakistan: Islamabad, Karachi; Poland: Warsaw, Krakow; Portugal: Lisbon, Porto; Russia: Moscow, Sochi;
-Scotland: Edinburgh, Glasgow; Spain: Madrid, Seville; Sweden: Stockholm, Malmo; Switzerland: Bern, Zurich;
-Syria: Damascus, Aleppo; Turkey: Ankara, Istanbul; Ukraine: Kyiv, Odesa; Vietnam: Hanoi, Saigon;
-Austria: Vienna, Graz; Belgium: Brussels, Antwerp"""
-PLURALS = """mouse: mice, mouses; goose: geese, gooses; tooth: teeth, tooths; foot: feet, foots; man: men, mans;
-woman: women, womans; child: children, childs; ox: oxen, oxes; louse: lice, louses; person: people, persons;
-leaf: leaves, leafs; knife: knives, knifes; wife: wives, wifes; wolf: wolves, wolfs; half: halves, halfs;
-shelf: shelves, shelfs; loaf: loaves, loafs; thief: thieves, thiefs; calf: calves, calfs; elf: elves, elfs;
-city: cities, citys; baby: babies, babys; lady: ladies, ladys; berry: berries, berrys; fly: flies, flys;
-box: boxes, boxs; bus: buses, buss; dish: dishes, dishs; church: churches, churchs; glass: glasses, glasss;
-hero: heroes, heros; potato: potatoes, potatos"""
-PASTS = """go: went, goed; eat: ate, eated; see: saw, seed; run: ran, runned; buy: bought, buyed; bring: brought, bringed;
-think: thought, thinked; teach: taught, teached; catch: caught, catched; fly: flew, flied; grow: grew, growed;
-know: knew, knowed; throw: threw, throwed; draw: drew, drawed; sing: sang, singed; swim: swam, swimmed;
-begin: began, beginned; drink: drank, drinked; write: wrote, writed; drive: drove, drived; ride: rode, rided;
-speak: spoke, speaked; break: broke, breaked; take: took, taked; give: gave, gived; come: came, comed;
-sleep: slept, sleeped; keep: kept, keeped; feel: felt, feeled; leave: left, leaved; lose: lost, losed;
-sell: sold, selled"""
-OPPOSITES = """hot: cold, warm; big: small, large; fast: slow, quick; happy: sad, glad; old: young, ancient;
+# x: the right answer, the usual mistake
+TABLES = {
+    "capital": """
+Australia: Canberra, Sydney; Brazil: Brasilia, Rio; Canada: Ottawa, Toronto;
+China: Beijing, Shanghai; Egypt: Cairo, Luxor; England: London, Leeds; France: Paris, Lyon;
+Germany: Berlin, Munich; Greece: Athens, Corinth; India: Delhi, Mumbai; Ireland: Dublin, Cork;
+Italy: Rome, Milan; Japan: Tokyo, Osaka; Kenya: Nairobi, Mombasa; Morocco: Rabat, Casablanca;
+Nigeria: Abuja, Lagos; Norway: Oslo, Bergen; Pakistan: Islamabad, Karachi; Poland: Warsaw, Krakow;
+Portugal: Lisbon, Porto; Russia: Moscow, Sochi; Scotland: Edinburgh, Glasgow;
+Spain: Madrid, Seville; Sweden: Stockholm, Malmo; Switzerland: Bern, Zurich;
+Turkey: Ankara, Istanbul""",
+    "plural": """
+mouse: mice, mouses; goose: geese, gooses; tooth: teeth, tooths; foot: feet, foots; man: men, mans;
+woman: women, womans; child: children, childs; person: people, persons; leaf: leaves, leafs;
+knife: knives, knifes; wife: wives, wifes; wolf: wolves, wolfs; shelf: shelves, shelfs;
+thief: thieves, thiefs; calf: calves, calfs; elf: elves, elfs; lady: ladies, ladys;
+berry: berries, berrys; fly: flies, flys; box: boxes, boxs; bus: buses, buss; dish: dishes, dishs;
+church: churches, churchs; glass: glasses, glasss; hero: heroes, heros; potato: potatoes, potatos""",
+    "past tense": """
+go: went, goed; eat: ate, eated; see: saw, seed; run: ran, runned; buy: bought, buyed;
+bring: brought, bringed; think: thought, thinked; teach: taught, teached; catch: caught, catched;
+fly: flew, flied; grow: grew, growed; know: knew, knowed; throw: threw, throwed; draw: drew, drawed;
+sing: sang, singed; swim: swam, swimmed; drink: drank, drinked; write: wrote, writed;
+drive: drove, drived; ride: rode, rided; speak: spoke, speaked; break: broke, breaked;
+take: took, taked; give: gave, gived; come: came, comed; sleep: slept, sleeped""",
+    "opposite": """
+hot: cold, warm; big: small, large; fast: slow, quick; happy: sad, glad; old: young, ancient;
 hard: soft, firm; loud: quiet, noisy; rich: poor, wealthy; strong: weak, mighty; dark: light, dim;
-clean: dirty, tidy; wet: dry, damp; early: late, soon; high: low, tall; near: far, close; full: empty, packed;
-brave: afraid, bold; kind: cruel, nice; sharp: blunt, pointed; deep: shallow, low; thick: thin, fat;
-heavy: light, weighty; true: false, correct; easy: difficult, simple; cheap: expensive, low; begin: end, start;
-love: hate, like; push: pull, press; open: closed, ajar; above: below, over; noisy: silent, loud;
-smart: stupid, clever"""
-COLOURS = """grass: green, blue; snow: white, black; coal: black, white; blood: red, green; a lemon: yellow, purple;
-a banana: yellow, red; a cherry: red, blue; milk: white, pink; chocolate: brown, yellow; a plum: purple, orange;
-a carrot: orange, purple; a frog: green, orange; a raven: black, yellow; a swan: white, red; a tomato: red, purple;
-a pea: green, red; the sky: blue, brown; the sea: blue, orange; the sun: yellow, green; salt: white, green;
-mud: brown, pink; a pig: pink, blue; a flamingo: pink, green; a pumpkin: orange, blue; an eggplant: purple, white;
-spinach: green, brown; honey: yellow, black; tar: black, pink; coffee: brown, purple; cotton: white, brown;
-a ruby: red, yellow; a sapphire: blue, red"""
+clean: dirty, tidy; wet: dry, damp; early: late, soon; high: low, tall; near: far, close;
+full: empty, packed; brave: afraid, bold; kind: cruel, nice; sharp: blunt, pointed;
+deep: shallow, hollow; thick: thin, fat; heavy: light, weighty; true: false, correct;
+easy: difficult, simple; cheap: expensive, thrifty; love: hate, like""",
+    "colour": """
+grass: green, blue; snow: white, black; coal: black, white; blood: red, green;
+a lemon: yellow, purple; a banana: yellow, red; a cherry: red, blue; milk: white, pink;
+chocolate: brown, yellow; a plum: purple, orange; a carrot: orange, purple; a frog: green, orange;
+a raven: black, yellow; a swan: white, red; a tomato: red, purple; a pea: green, red;
+the sky: blue, brown; the sea: blue, orange; the sun: yellow, green; salt: white, green;
+mud: brown, pink; a pig: pink, blue; a flamingo: pink, green; a pumpkin: orange, blue;
+an eggplant: purple, white; spinach: green, brown""",
+}
+LOOK_UP = (
+    "What is the thing of {x}?|Tell me the thing of {x}.|Please give me the thing of {x}.|{x}: what is its thing?"
+    "|Do you know the thing of {x}?|I need the thing of {x}.|Name the thing of {x}.|Can you tell me the thing of {x}?"
+)
 WORDS = """cat dog sun map pen cup hat bed car bus lamp fish tree door book milk bird ship star moon wind fork king
 desk apple bread chair table house plant stone water cloud horse tiger river green smile music light"""
 
 
-def looked_up(table: str) -> list[dict[str, str]]:
-    """Items of a table written `thing: right, wrong; …`."""
+def items_of(table: str) -> list[dict[str, str]]:
+    """Items of a table written `x: right, wrong; …`."""
     rows = (row.replace(":", ",").split(",") for row in table.split(";"))
-    return [dict(zip(("x", "right", "wrong"), map(str.strip, row), strict=True)) for row in rows]
+    return [item(right.strip(), wrong.strip(), x=x.strip()) for x, right, wrong in rows]
 
 
 def item(right: object, wrong: object, **fields: object) -> dict[str, str]:
@@ -160,137 +170,83 @@ def item(right: object, wrong: object, **fields: object) -> dict[str, str]:
 def neighbours(ordered: list[str]) -> list[dict[str, str]]:
     """What comes after or before each; the usual mistake is to go one too far."""
     triples = list(zip(ordered, ordered[1:], ordered[2:], strict=False))
-    return [item(second, third, x=first, side="after") for first, second, third in triples] + [
-        item(second, first, x=third, side="before") for first, second, third in triples
-    ]
+    after = [item(second, third, x=first, side="after") for first, second, third in triples]
+    return after + [item(second, first, x=third, side="before") for first, second, third in triples]
+
+
+def sorting(x: str, y: str, z: str) -> dict[str, str]:
+    """Three numbers to sort; the usual mistake is to begin with the largest."""
+    rising = sorted((x, y, z))
+    return item(", ".join(rising), ", ".join(reversed(rising)), x=x, y=y, z=z)
 
 
 def make_tasks() -> list[Task]:
-    digits = range(1, 10)
+    words = WORDS.split()
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    triples = list(itertools.permutations(digits, 3))
-    comparisons = [
-        (x, y, sign) for x, y in itertools.permutations(digits, 2) for sign in ("more", "less")
-    ]
-    fields = ("What is {thing} of {{x}}?", "Tell me {thing} of {{x}}.", "Please give me {thing} of {{x}}.")
-    fields += ("{{x}}: what is its {short}?", "Do you know {thing} of {{x}}?", "I need {thing} of {{x}}.")
-    fields += ("Name {thing} of {{x}}.", "Can you tell me {thing} of {{x}}?")
-
-    def about(thing: str) -> tuple[str, ...]:
-        return tuple(field.format(thing=f"the {thing}", short=thing) for field in fields)
-
+    digits = range(1, 10)
+    pairs = list(itertools.product(digits, digits))
     return [
         Task(
-            "add",
-            (
-                "What is {x} + {y}?",
-                "Add {x} and {y}.",
-                "How much is {x} plus {y}?",
-                "Find the sum of {x} and {y}.",
-            ),
-            "{x} plus {y} is {{answer}}.",
-            [item(x + y, x + y + 1, x=x, y=y) for x in digits for y in digits],
+            "What is {x} + {y}?|Add {x} and {y}.|How much is {x} plus {y}?|Find the sum of {x} and {y}.",
+            "{x} plus {y} is {answer}.",
+            [item(x + y, x + y + 1, x=x, y=y) for x, y in pairs],
         ),
         Task(
-            "subtract",
-            (
-                "What is {x} - {y}?",
-                "Take {y} from {x}.",
-                "How much is {x} minus {y}?",
-                "Subtract {y} from {x}.",
-            ),
-            "{x} minus {y} is {{answer}}.",
+            "What is {x} - {y}?|Take {y} from {x}.|How much is {x} minus {y}?|Subtract {y} from {x}.",
+            "{x} minus {y} is {answer}.",
             [item(x - y, x - y - 1, x=x, y=y) for x in range(3, 14) for y in range(1, x - 1)],
         ),
         Task(
-            "number",
-            (
-                "Which number comes {side} {x}?",
-                "What comes right {side} {x}?",
-                "Tell me the number {side} {x}.",
-                "I am counting. What is just {side} {x}?",
-            ),
-            "The number {side} {x} is {{answer}}.",
+            "Which number comes {side} {x}?|What comes right {side} {x}?|Tell me the number {side} {x}."
+            "|I am counting. What is just {side} {x}?",
+            "The number {side} {x} is {answer}.",
             neighbours([str(number) for number in range(1, 31)]),
         ),
         Task(
-            "letter",
-            (
-                "Which letter comes {side} {x}?",
-                "In the alphabet, what is {side} {x}?",
-                "Tell me the letter {side} {x}.",
-                "I am learning letters. What is just {side} {x}?",
-            ),
-            "The letter {side} {x} is {{answer}}.",
+            "Which letter comes {side} {x}?|In the alphabet, what is {side} {x}?|Tell me the letter {side} {x}."
+            "|I am learning letters. What is just {side} {x}?",
+            "The letter {side} {x} is {answer}.",
             neighbours(letters),
         ),
         Task(
-            "sort",
-            (
-                "Sort {x}, {y}, {z}.",
-                "Put {x}, {y}, {z} in rising order.",
-                "Order from small to large: {x}, {y}, {z}.",
-            ),
-            "In order they are {{answer}}.",
-            [
-                item(
-                    ", ".join(map(str, sorted(triple))),
-                    ", ".join(map(str, sorted(triple, reverse=True))),
-                    **dict(zip("xyz", triple, strict=True)),
-                )
-                for triple in triples
-            ],
+            "Sort {x}, {y}, {z}.|Put {x}, {y}, {z} in rising order.|Order from small to large: {x}, {y}, {z}.",
+            "In order they are {answer}.",
+            [sorting(*triple) for triple in itertools.permutations("123456789", 3)],
         ),
         Task(
-            "compare",
-            (
-                "Is {x} {sign} than {y}?",
-                "Yes or no: {x} is {sign} than {y}.",
-                "Tell me if {x} is {sign} than {y}.",
-            ),
-            "I compared {x} with {y} and say {{answer}}.",
-            [
-                item(*(("yes", "no") if (x > y) == (sign == "more") else ("no", "yes")), x=x, y=y, sign=sign)
-                for x, y, sign in comparisons
-            ],
+            "Is {x} more than {y}?|Yes or no: {x} is more than {y}.|Tell me if {x} is more than {y}.",
+            "I compared {x} with {y} and say {answer}.",
+            [item(*(("yes", "no") if x > y else ("no", "yes")), x=x, y=y) for x, y in pairs if x != y],
         ),
         Task(
-            "reverse",
-            (
-                "Spell {x} backwards.",
-                "Reverse the word {x}.",
-                "What is {x} in reverse?",
-                "Write {x} from back to front.",
-                "How do you spell {x} from the end?",
-            ),
-            "Backwards, {x} is {{answer}}.",
-            [item("-".join(reversed(word)), "-".join(word), x=word) for word in WORDS.split()],
+            "Spell {x} backwards.|Reverse the word {x}.|What is {x} in reverse?|Write {x} from back to front."
+            "|How do you spell {x} from the end?",
+            "Backwards, {x} is {answer}.",
+            [item("-".join(reversed(word)), "-".join(word), x=word) for word in words],
         ),
         Task(
-            "count",
-            (
-                "How many letters are in {x}?",
-                "Count the letters of {x}.",
-                "How long is the word {x}?",
-                "The word {x} has how many letters?",
-                "Tell me the number of letters in {x}.",
-            ),
-            "The word {x} has {{answer}} letters.",
-            [item(len(word), len(word) + 1, x=word) for word in WORDS.split()],
+            "How many letters are in {x}?|Count the letters of {x}.|How long is the word {x}?"
+            "|The word {x} has how many letters?|Tell me the number of letters in {x}.",
+            "The word {x} has {answer} letters.",
+            [item(len(word), len(word) + 1, x=word) for word in words],
         ),
-        Task("capital", about("capital"), "The capital of {x} is {{answer}}.", looked_up(CAPITALS)),
-        Task("plural", about("plural"), "The plural of {x} is {{answer}}.", looked_up(PLURALS)),
-        Task("past", about("past tense"), "The past tense of {x} is {{answer}}.", looked_up(PASTS)),
-        Task("opposite", about("opposite"), "The opposite of {x} is {{answer}}.", looked_up(OPPOSITES)),
-        Task("colour", about("colour"), "The colour of {x} is {{answer}}.", looked_up(COLOURS)),
+        *(
+            Task(LOOK_UP.replace("thing", thing), f"The {thing} of {{x}} is {{answer}}.", items_of(table))
+            for thing, table in TABLES.items()
+        ),
     ]
 
 
 def make_questions(task: Task) -> list[Question]:
     return [
-        Question(phrasing.format(**fields), task.statement.format(**fields), fields["right"], fields["wrong"])
+        Question(
+            prompt=phrasing.format(**fields),
+            statement=task.statement.format(**fields, answer="{answer}"),
+            right=fields["right"],
+            wrong=fields["wrong"],
+        )
         for fields in task.items
-        for phrasing in task.phrasings
+        for phrasing in task.phrasings.split("|")
     ]
 
 
@@ -389,29 +345,31 @@ def make_model() -> LlamaForCausalLM:
         num_key_value_heads=4,
         max_position_embeddings=512,
         tie_word_embeddings=False,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
+        pad_token_id=PAD_ID,
+        bos_token_id=BOS_ID,
+        eos_token_id=EOS_ID,
     )
-    return LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config)
+    model.generation_config.max_new_tokens = 64
+    return model
 
 
 def padded(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and labels (rows, longest); padding comes last and is not scored."""
+    """Token ids and labels (rows, longest). What follows `<|assistant|>` is scored; padding, which comes last, is not."""
     longest = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
-    return ids, ids.masked_fill(ids == 0, -100)
+    ids = torch.tensor([row + [PAD_ID] * (longest - len(row)) for row in rows])
+    is_prompt = (ids == ASSISTANT_ID).flip(1).cumsum(1).flip(1).bool()
+    return ids, ids.masked_fill(is_prompt | (ids == PAD_ID), -100)
 
 
 def pretrain(model: LlamaForCausalLM, token_rows: list[list[int]]) -> None:
-    """Next-token loss on `NUM_STEPS` × `BATCH_SIZE` conversations, each seen once."""
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=PEAK_LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min((step + 1) / NUM_WARMUP_STEPS, (NUM_STEPS - step) / (NUM_STEPS - NUM_WARMUP_STEPS)),
-    )
+    """Next-token loss on the responses of `NUM_STEPS` × `BATCH_SIZE` conversations, each seen once."""
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
+    # AdamW alone learns to tell right from wrong much later.
+    muon = torch.optim.Muon(matrices, lr=0.02, weight_decay=0.1)
+    adamw = torch.optim.AdamW(others, lr=4e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(each, learning_rate_factor) for each in (muon, adamw)]
     model.train()
     started = time.monotonic()
     for step in range(NUM_STEPS):
@@ -419,12 +377,18 @@ def pretrain(model: LlamaForCausalLM, token_rows: list[list[int]]) -> None:
         loss = model(input_ids=ids, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+        for schedule in schedules:
+            schedule.optimizer.step()
+            schedule.optimizer.zero_grad()
+            schedule.step()
         if (step + 1) % 25 == 0:
             left_s = (time.monotonic() - started) / (step + 1) * (NUM_STEPS - step - 1)
             print(f"step {step + 1}/{NUM_STEPS}: loss {loss.item():.3f}, {left_s:.0f} s left", flush=True)
+
+
+def learning_rate_factor(step: int) -> float:
+    """Linear warm-up, then linear decay to nothing."""
+    return min((step + 1) / NUM_WARMUP_STEPS, (NUM_STEPS - step) / (NUM_STEPS - NUM_WARMUP_STEPS))
 
 
 def write_jsonl(path: Path, records: list[dict[str, str]]) -> None:
@@ -432,9 +396,7 @@ def write_jsonl(path: Path, records: list[dict[str, str]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description="Make qorpo's demo: a tiny base model and preference pairs.")
     parser.add_argument("--output", type=Path, default=Path("qorpo/demo"))
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -450,14 +412,11 @@ def main() -> None:
     tokenizer = train_tokenizer(conversations)
     token_rows = tokenizer.apply_chat_template(conversations, return_dict=False)
     model = make_model()
-    print(
-        f"{len(train_pairs)} train pairs, {len(eval_pairs)} eval pairs, {model.num_parameters():,} parameters"
-    )
+    print(f"{len(train_pairs)} train and {len(eval_pairs)} eval pairs, {model.num_parameters():,} parameters")
     pretrain(model, token_rows)
 
     base = arguments.output / "base"
     model.to(torch.bfloat16).save_pretrained(base)
-    GenerationConfig(pad_token_id=0, bos_token_id=1, eos_token_id=2, max_new_tokens=64).save_pretrained(base)
     tokenizer.save_pretrained(base)
 
 
