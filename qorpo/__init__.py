@@ -1,6 +1,9 @@
 """qorpo: ORPO fine-tuning of language models on one GPU. `train` a recipe, or build from the parts."""
 
 import importlib
+import logging
+import os
+import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -9,6 +12,15 @@ if TYPE_CHECKING:
     from qorpo.ops.log_probs import token_logps
     from qorpo.training.loop import Trainer
     from qorpo.training.run import train
+
+# What the libraries underneath have to hear before they are imported:
+# bitsandbytes warns of a kernel for inference that has no autograd; qorpo keeps it out of training.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+# PEFT asks transformers by a name that is being renamed; nothing for qorpo's user to mend.
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+# On the CPU oneDNN keeps up to 1,024 matrix products it was asked for, most of a megabyte each; packed rows differ in
+# length, so they would all be new. 128 hold a step's.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
 # Resolved on first use, so that `import qorpo` and `qorpo --help` don't wait for torch.
 _HOMES = {

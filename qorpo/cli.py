@@ -2,7 +2,6 @@
 
 import logging
 import sys
-import warnings
 from typing import Annotated
 
 import typer
@@ -79,5 +78,3 @@ def _log_to(console: Console) -> None:
         handler = RichHandler(console=console, show_time=False, show_path=False, show_level=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     logging.getLogger("qorpo").setLevel(logging.INFO)
-    # transformers and PEFT warn their own callers of renamed attributes; none of it is for qorpo's user to mend.
-    warnings.filterwarnings("ignore", category=FutureWarning)

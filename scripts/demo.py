@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
+from transformers.utils.logging import disable_progress_bar
 
 import qorpo
 from qorpo.errors import QorpoError
@@ -28,6 +29,8 @@ FIGURES = {
 
 def main(overrides: list[str]) -> None:
     console = Console()
+    torch.set_num_threads(1)  # a model this small is done before a second thread has started
+    disable_progress_bar()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("qorpo").setLevel(logging.INFO)
     output = f"runs/demo-{time.strftime('%Y%m%d-%H%M%S')}"

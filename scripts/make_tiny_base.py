@@ -214,9 +214,9 @@ def make_tasks() -> list[Task]:
             [sorting(*triple) for triple in itertools.permutations("123456789", 3)],
         ),
         Task(
-            "Is {x} more than {y}?|Yes or no: {x} is more than {y}.|Tell me if {x} is more than {y}.",
-            "I compared {x} with {y} and say {answer}.",
-            [item(*(("yes", "no") if x > y else ("no", "yes")), x=x, y=y) for x, y in pairs if x != y],
+            "Which is larger, {x} or {y}?|Tell me the larger one: {x} or {y}.|Is {x} or {y} the larger number?",
+            "The larger one is {answer}.",
+            [item(max(x, y), min(x, y), x=x, y=y) for x, y in pairs if x != y],
         ),
         Task(
             "Spell {x} backwards.|Reverse the word {x}.|What is {x} in reverse?|Write {x} from back to front."
