@@ -199,7 +199,11 @@ def in_own_process(
     context = multiprocessing.get_context("spawn")
     mine, theirs = context.Pipe()
     process = context.Process(target=train, args=(run, options, pairs, folder, theirs))
+    # qorpo bounds oneDNN's cache for its own process; TRL has what its users have.
+    before = os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"]
+    os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "1024" if run["side"] == "trl" else before
     process.start()
+    os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = before
     theirs.close()
     try:
         return mine.recv()
