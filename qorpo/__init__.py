@@ -19,8 +19,8 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 # PEFT asks transformers by a name that is being renamed; nothing for qorpo's user to mend.
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
 # On the CPU oneDNN keeps up to 1,024 matrix products it was asked for, most of a megabyte each; packed rows differ in
-# length, so they would all be new. 128 hold a step's.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+# length, so they would all be new. 48 hold what one row asks for again.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "48")
 
 # Resolved on first use, so that `import qorpo` and `qorpo --help` don't wait for torch.
 _HOMES = {
