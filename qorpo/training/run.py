@@ -29,7 +29,7 @@ from qorpo.training.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
-# What may change from a run to its resumption without changing its result.
+# What may change from a run to its resumption without changing its result, but for the draws of dropout.
 MAY_CHANGE = (
     "output", "memory.microbatch_tokens", "memory.logprob_chunk_tokens", "memory.activation_checkpointing",
     "train.log_every", "train.keep_checkpoints", "train.report_to",
