@@ -101,12 +101,10 @@ class _FrozenHead(torch.autograd.Function):
         head = _Head(weight_VH, bias_V, scale, softcap).cast(hidden_SH.dtype)
         logps_S = hidden_SH.new_empty(len(targets_S), dtype=_accumulation_dtype(hidden_SH))
         slopes_SH = torch.empty_like(hidden_SH, dtype=logps_S.dtype) if ctx.needs_input_grad[0] else None
-        for rows in _chunks(len(targets_S), chunk_tokens):
-            targets_C = targets_S[rows]
-            logps_CV, damping_CV = _log_softmax(hidden_SH[rows], targets_C, head)
-            logps_S[rows] = logps_C = _pick(logps_CV, targets_C)
+        for rows, softmax in _chunks(hidden_SH, targets_S, chunk_tokens, head):
+            logps_S[rows] = softmax.logps_C
             if slopes_SH is not None:
-                slopes_CV = _logit_slopes(logps_CV, damping_CV, targets_C, logps_C, head)
+                targets_C, slopes_CV = targets_S[rows], softmax.slopes()
                 # The target's slope weighs as much as all others together: kept out of the low-precision product,
                 # it pays for the one rounding more that a stored vector has over plain autograd's.
                 target_slopes_C = _pick(slopes_CV, targets_C)
@@ -133,9 +131,8 @@ class _TrainedHead(torch.autograd.Function):
     def forward(ctx, hidden_SH, weight_VH, bias_V, targets_S, chunk_tokens, scale, softcap):
         head = _Head(weight_VH, bias_V, scale, softcap).cast(hidden_SH.dtype)
         logps_S = hidden_SH.new_empty(len(targets_S), dtype=_accumulation_dtype(hidden_SH))
-        for rows in _chunks(len(targets_S), chunk_tokens):
-            targets_C = targets_S[rows]
-            logps_S[rows] = _pick(_log_softmax(hidden_SH[rows], targets_C, head)[0], targets_C)
+        for rows, softmax in _chunks(hidden_SH, targets_S, chunk_tokens, head):
+            logps_S[rows] = softmax.logps_C
         ctx.save_for_backward(hidden_SH, weight_VH, bias_V, targets_S)
         ctx.chunk_tokens, ctx.scale, ctx.softcap = chunk_tokens, scale, softcap
         return logps_S
@@ -149,17 +146,14 @@ class _TrainedHead(torch.autograd.Function):
         grad_hidden_SH = torch.empty_like(hidden_SH) if ctx.needs_input_grad[0] else None
         grad_weight_VH = torch.zeros_like(weight_VH, dtype=wide) if ctx.needs_input_grad[1] else None
         grad_bias_V = torch.zeros_like(bias_V, dtype=wide) if ctx.needs_input_grad[2] else None
-        for rows in _chunks(len(targets_S), ctx.chunk_tokens):
-            hidden_CH, targets_C = hidden_SH[rows], targets_S[rows]
-            logps_CV, damping_CV = _log_softmax(hidden_CH, targets_C, head)
-            slopes_CV = _logit_slopes(logps_CV, damping_CV, targets_C, _pick(logps_CV, targets_C), head)
-            slopes_CV *= upstream_S[rows, None]
+        for rows, softmax in _chunks(hidden_SH, targets_S, ctx.chunk_tokens, head):
+            slopes_CV = softmax.slopes().mul_(upstream_S[rows, None])
             if grad_bias_V is not None:
                 grad_bias_V += slopes_CV.sum(0)
             if grad_hidden_SH is not None:
                 torch.mm(slopes_CV.to(hidden_SH.dtype), head.weight_VH, out=grad_hidden_SH[rows])
             if grad_weight_VH is not None:
-                _add_outer(grad_weight_VH, slopes_CV, hidden_CH)
+                _add_outer(grad_weight_VH, slopes_CV, hidden_SH[rows])
         return (
             grad_hidden_SH,
             None if grad_weight_VH is None else grad_weight_VH.to(weight_VH.dtype),
@@ -168,49 +162,75 @@ class _TrainedHead(torch.autograd.Function):
         )  # fmt: skip
 
 
-def _chunks(num_tokens: int, chunk_tokens: int) -> Iterator[slice]:
+class _Softmax(NamedTuple):
+    """One chunk's softmax; its (C, V) memory is the next chunk's."""
+
+    targets_C: torch.Tensor
+    logps_C: torch.Tensor
+    probs_CV: torch.Tensor
+    damping_CV: torch.Tensor | None
+    scale: float
+
+    def slopes(self) -> torch.Tensor:
+        """d logp_target / d (h Wᵀ + b), (C, V): (onehot − p) times the scale and the cap's derivative; reuses `probs_CV`.
+
+        The target's 1 − p is −expm1(logp), exact where p is near 1, just where the odds term looks closest. One
+        tensor, cast once by the caller: two products subtracted after a cast would cancel there.
+        """
+        slopes_CV = self.probs_CV.neg_().scatter_(1, self.targets_C[:, None], -torch.expm1(self.logps_C)[:, None])
+        if self.scale != 1.0:
+            slopes_CV *= self.scale
+        return slopes_CV if self.damping_CV is None else slopes_CV.mul_(self.damping_CV)
+
+
+def _chunks(
+    hidden_SH: torch.Tensor, targets_S: torch.Tensor, chunk_tokens: int, head: _Head
+) -> Iterator[tuple[slice, _Softmax]]:
+    """Each chunk's rows and its softmax, all chunks in the same memory: fresh pages cost a quarter of a product."""
+    wide, num_tokens = _accumulation_dtype(hidden_SH), len(targets_S)
+    shape = (min(chunk_tokens, num_tokens), len(head.weight_VH))
+    product_CV = hidden_SH.new_empty(shape)
+    logits_CV = product_CV if product_CV.dtype == wide else hidden_SH.new_empty(shape, dtype=wide)
     for start in range(0, num_tokens, chunk_tokens):
-        yield slice(start, min(start + chunk_tokens, num_tokens))
+        rows = slice(start, min(start + chunk_tokens, num_tokens))
+        length = rows.stop - rows.start
+        yield rows, _softmax(hidden_SH[rows], targets_S[rows], head, product_CV[:length], logits_CV[:length])
 
 
-def _log_softmax(
-    hidden_CH: torch.Tensor, targets_C: torch.Tensor, head: _Head
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(C, V) log-probs of a chunk, and the soft cap's derivative 1 − (z/c)² where there is one."""
-    wide = _accumulation_dtype(hidden_CH)
-    logits_CV = F.linear(hidden_CH, head.weight_VH, head.bias_V).to(wide)
-    if hidden_CH.dtype != wide:
+def _softmax(
+    hidden_CH: torch.Tensor,
+    targets_C: torch.Tensor,
+    head: _Head,
+    product_CV: torch.Tensor,
+    logits_CV: torch.Tensor,
+) -> _Softmax:
+    """A chunk's softmax, over `logits_CV`, where the logits were; `product_CV` may be the same tensor."""
+    if head.bias_V is None:
+        torch.mm(hidden_CH, head.weight_VH.T, out=product_CV)
+    else:
+        torch.addmm(head.bias_V, hidden_CH, head.weight_VH.T, out=product_CV)
+    if product_CV.dtype != logits_CV.dtype:
+        logits_CV.copy_(product_CV)
         # A confident target has the largest logit and so the coarsest rounding, which is most of 1 − p's error:
         # one dot product a row mends it.
-        target_logits_C = (hidden_CH.to(wide) * head.weight_VH[targets_C]).sum(-1)
+        target_logits_C = (hidden_CH.to(logits_CV.dtype) * head.weight_VH[targets_C]).sum(-1)
         if head.bias_V is not None:
             target_logits_C += head.bias_V[targets_C]
         logits_CV.scatter_(1, targets_C[:, None], target_logits_C[:, None])
     if head.scale != 1.0:
         logits_CV *= head.scale
-    if head.softcap is None:
-        return logits_CV.log_softmax(-1), None
-    logits_CV.div_(head.softcap).tanh_()
-    logps_CV = (logits_CV * head.softcap).log_softmax(-1)
-    return logps_CV, logits_CV.square_().neg_().add_(1.0)
-
-
-def _logit_slopes(
-    logps_CV: torch.Tensor,
-    damping_CV: torch.Tensor | None,
-    targets_C: torch.Tensor,
-    logps_C: torch.Tensor,
-    head: _Head,
-) -> torch.Tensor:
-    """d logp_target / d (h Wᵀ + b), (C, V): (onehot − p) times the scale and the cap's derivative; reuses `logps_CV`.
-
-    The target's 1 − p is −expm1(logp), exact where p is near 1, just where the odds term looks closest. One tensor,
-    cast once by the caller: two products subtracted after a cast would cancel there.
-    """
-    slopes_CV = logps_CV.exp_().neg_().scatter_(1, targets_C[:, None], -torch.expm1(logps_C)[:, None])
-    if head.scale != 1.0:
-        slopes_CV *= head.scale
-    return slopes_CV if damping_CV is None else slopes_CV.mul_(damping_CV)
+    damping_CV = None
+    if head.softcap is not None:
+        logits_CV.div_(head.softcap).tanh_()
+        damping_CV = logits_CV.square().neg_().add_(1.0)
+        logits_CV *= head.softcap
+    # The log-probs before the softmax takes the logits' place.
+    logps_C = _pick(logits_CV, targets_C)
+    highest_C = logits_CV.amax(-1)
+    torch.softmax(logits_CV, -1, out=logits_CV)
+    # log Σ exp(z) = max z − log max p, and max p is far from underflow: at least 1 / V.
+    logps_C = logps_C - highest_C + logits_CV.amax(-1).log_()
+    return _Softmax(targets_C, logps_C, logits_CV, damping_CV, head.scale)
 
 
 def _add_outer(grad_weight_VH: torch.Tensor, slopes_CV: torch.Tensor, hidden_CH: torch.Tensor) -> None:
