@@ -36,7 +36,7 @@ def load_tokenizer(
     Raises:
         ModelError: where there is no tokenizer to be had.
     """
-    source = _source(path)
+    source = model_source(path)
     if (
         Path(source).is_dir()
         and not any(Path(source).glob("tokenizer*"))
@@ -74,14 +74,14 @@ def load_model(
     Raises:
         ModelError: where the folder or id holds no model that can be read, with what to do.
     """
-    source = _source(path)
+    source = model_source(path)
     if Path(source).is_dir():
         _check_folder(Path(source), allow_pickle)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(source, **options)
         if quantization == "nf4":
-            options["quantization_config"] = _nf4_config(config)
+            options["quantization_config"] = nf4_config(config)
         if not allow_pickle:
             options["use_safetensors"] = True
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -102,7 +102,8 @@ def load_model(
     return model
 
 
-def _source(path: str) -> str:
+def model_source(path: str) -> str:
+    """A local folder or a hub id; raises ModelError for a path that is neither."""
     if path == "demo":
         return str(DEMO_BASE)
     local = Path(path).expanduser()
@@ -168,7 +169,8 @@ def _check_weights(source: str, model: nn.Module, missing: Collection[str]) -> N
             )
 
 
-def _nf4_config(config: Any) -> Any:
+def nf4_config(config: Any) -> Any:
+    """How a base of this configuration is quantized; raises ModelError for one that is quantized already."""
     from transformers import BitsAndBytesConfig
 
     if getattr(config, "quantization_config", None) is not None:
