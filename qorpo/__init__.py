@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qorpo.data.sources import load_pairs
+    from qorpo.merging.merge import merge
     from qorpo.objectives.orpo import orpo_loss
     from qorpo.ops.log_probs import token_logps
     from qorpo.training.loop import Trainer
@@ -26,12 +27,13 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "48")
 _HOMES = {
     "Trainer": "qorpo.training.loop",
     "load_pairs": "qorpo.data.sources",
+    "merge": "qorpo.merging.merge",
     "orpo_loss": "qorpo.objectives.orpo",
     "token_logps": "qorpo.ops.log_probs",
     "train": "qorpo.training.run",
 }
 
-__all__ = ["Trainer", "load_pairs", "orpo_loss", "token_logps", "train"]
+__all__ = ["Trainer", "load_pairs", "merge", "orpo_loss", "token_logps", "train"]
 
 
 def __getattr__(name: str) -> Any:

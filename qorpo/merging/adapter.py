@@ -5,6 +5,7 @@ matrix), so nothing of that is guessed here. Legend: r rank, E experts.
 """
 
 import json
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
@@ -25,6 +26,8 @@ from qorpo.merging.skeleton import Place, Skeleton
 
 PREFIX = "base_model.model."
 NAME = "default"
+# Where PEFT saves embeddings too, it writes those of modules to save again, by the names that they have in its model.
+_COPIES = re.compile(r"\.(modules_to_save|original_module)\.")
 # Other ways to begin change the base's own weights, which a saved adapter does not hold.
 KNOWN_BEGINNINGS = (True, False, "gaussian", "eva", "orthogonal")
 
@@ -213,8 +216,15 @@ class Adapter:
             changes.setdefault(parameter, []).append(by)
 
         for key, tensor in self.stored.items():
-            if (parameter := _whole_parameter(key)) in shapes:
+            parameter = _whole_parameter(key)
+            if parameter in shapes and key in expected:
                 change(parameter, Replaced(tensor))
+            elif parameter in shapes and not any(name in changes for name in tied.get(parameter, ())):
+                # Not trained, but the base's own embeddings with tokens added: all that are tied to them share it.
+                for name in tied.get(parameter, (parameter,)):
+                    change(name, Replaced(tensor))
+        if self.config.ensure_weight_tying:  # saved once under each name, and equal
+            changes |= {name: changes[names[0]] for name, names in tied.items() if names[0] in changes}
         token_keys: dict[int, str] = {}
         for name, module in model.base_model.model.named_modules():
             if isinstance(module, TrainableTokensWrapper):
@@ -274,6 +284,8 @@ class Adapter:
             elif self.stored[key].shape != shape:
                 problems.append(f"{key} is {self.stored[key].shape}, and by the base {shape}")
         for key in sorted(self.stored.keys() - expected.keys()):
+            if _COPIES.search(key):
+                continue
             parameter = _whole_parameter(key)
             if parameter is None or parameter not in shapes:
                 problems.append(f"{key} belongs to nothing in the base")
@@ -333,7 +345,7 @@ def _plain(name: str) -> str:
 
 def _whole_parameter(key: str) -> str | None:
     """The parameter that an adapter's tensor takes the place of; None for LoRA's own."""
-    if "lora_" in key or "trainable_tokens_" in key:
+    if "lora_" in key or "trainable_tokens_" in key or _COPIES.search(key):
         return None
     return _plain(key.removeprefix(PREFIX))
 

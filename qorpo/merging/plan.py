@@ -120,7 +120,7 @@ def _all_changes(
             continue
         for parameter, entries in made.items():
             changes.setdefault(parameter, []).extend(entries)
-    if vocabulary != tokens:
+    if vocabulary != tokens and not problems:
         left = [name for name in skeleton.embedding_names() if not _grows(changes.get(name, []), vocabulary)]
         tied_to = {other for name in changes for other in skeleton.tied.get(name, ())}
         if left := [name for name in left if name not in tied_to]:
