@@ -224,7 +224,7 @@ class Adapter:
                 for name in tied.get(parameter, (parameter,)):
                     change(name, Replaced(tensor))
         if self.config.ensure_weight_tying:  # saved once under each name, and equal
-            changes |= {name: changes[names[0]] for name, names in tied.items() if names[0] in changes}
+            changes |= {name: [*changes[names[0]]] for name, names in tied.items() if names[0] in changes}
         token_keys: dict[int, str] = {}
         for name, module in model.base_model.model.named_modules():
             if isinstance(module, TrainableTokensWrapper):
