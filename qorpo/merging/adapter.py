@@ -22,7 +22,7 @@ from peft.utils import TrainableTokensWrapper
 
 from qorpo.errors import ModelError
 from qorpo.merging.shards import Block, Blocks, Stored, read_tensors
-from qorpo.merging.skeleton import Place, Skeleton
+from qorpo.merging.skeleton import Place, Skeleton, embedding_names
 
 PREFIX = "base_model.model."
 NAME = "default"
@@ -191,9 +191,14 @@ class Adapter:
             raise ModelError(f"{folder}: no adapter_model.safetensors; is the adapter whole?")
         return cls(folder, config, read_tensors(safe if safe.is_file() else pickled), weight)
 
-    def vocabulary(self, skeleton: Skeleton) -> int | None:
+    @property
+    def is_plain(self) -> bool:
+        """Nothing but LoRA's two matrices: the sum of several is each one's."""
+        return not self.config.use_dora and all("lora_" in key for key in self.stored)
+
+    def vocabulary(self, model: Any) -> int | None:
         """Rows of the embeddings or the output head that it holds whole; None where it holds neither."""
-        names = skeleton.embedding_names()
+        names = embedding_names(model)
         rows = [tensor.shape[0] for key, tensor in self.stored.items() if _whole_parameter(key) in names]
         return rows[0] if rows else None
 

@@ -81,16 +81,13 @@ def write_files(folder: Path, base: Base, trained: Sequence[Trained], config: di
 
     The last adapter that brings a tokenizer or a generation_config.json has the word: its stop token was learned.
     """
-    tokenizer = next(
-        (t.adapter.folder for t in trained[::-1] if (t.adapter.folder / "tokenizer_config.json").is_file()),
-        None,
-    )
+    tokenizer = tokenizer_folder(base, trained)
     for path in sorted(base.folder.iterdir()):
         if not CODE.fullmatch(path.name) or WEIGHTS.fullmatch(path.name) or path.name.startswith("."):
             continue
-        if path.is_file() and not (tokenizer and TOKENIZER.fullmatch(path.name)):
+        if path.is_file() and (tokenizer == base.folder or not TOKENIZER.fullmatch(path.name)):
             shutil.copyfile(path, folder / path.name)
-    for path in sorted(tokenizer.iterdir()) if tokenizer else []:
+    for path in sorted(tokenizer.iterdir()):
         if path.is_file() and (TOKENIZER.fullmatch(path.name) or path.name == "tokenizer.model"):
             shutil.copyfile(path, folder / path.name)
     generation: dict[str, Any] = {}
@@ -101,6 +98,12 @@ def write_files(folder: Path, base: Base, trained: Sequence[Trained], config: di
     if generation:
         write_json(folder / "generation_config.json", generation)
     write_json(folder / "config.json", config)
+
+
+def tokenizer_folder(base: Base, trained: Sequence[Trained]) -> Path:
+    """Where the merged model's tokenizer comes from: the last adapter that brings one, else the base."""
+    folders = [each.adapter.folder for each in trained[::-1]]
+    return next((folder for folder in folders if (folder / "tokenizer_config.json").is_file()), base.folder)
 
 
 def write_card(folder: Path, base: Base, trained: Sequence[Trained], onto: str) -> None:

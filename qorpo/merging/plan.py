@@ -13,7 +13,7 @@ from qorpo.errors import ModelError
 from qorpo.merging.adapter import Change, Replaced, Weighted
 from qorpo.merging.nf4 import dequantized
 from qorpo.merging.shards import Blocks, Planned, Shard, Stored, plan_shards, read_checkpoint
-from qorpo.merging.skeleton import Place, Skeleton
+from qorpo.merging.skeleton import Place, Skeleton, embedding_names
 from qorpo.merging.source import Base, Trained
 
 Onto = Literal["original", "dequantized"]
@@ -110,7 +110,7 @@ def _all_changes(
     tokens = base.config.get_text_config().vocab_size
     vocabulary = tokens
     for each in trained:
-        vocabulary = each.adapter.vocabulary(skeleton) or vocabulary
+        vocabulary = each.adapter.vocabulary(skeleton.model) or vocabulary
         config = deepcopy(base.config)
         config.get_text_config().vocab_size = vocabulary
         try:
@@ -121,7 +121,9 @@ def _all_changes(
         for parameter, entries in made.items():
             changes.setdefault(parameter, []).extend(entries)
     if vocabulary != tokens and not problems:
-        left = [name for name in skeleton.embedding_names() if not _grows(changes.get(name, []), vocabulary)]
+        left = [
+            name for name in embedding_names(skeleton.model) if not _grows(changes.get(name, []), vocabulary)
+        ]
         tied_to = {other for name in changes for other in skeleton.tied.get(name, ())}
         if left := [name for name in left if name not in tied_to]:
             problems.append(

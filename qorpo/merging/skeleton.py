@@ -127,14 +127,15 @@ class Skeleton:
                 problems.append(f"{name} is {stored[name].shape}, and by config.json {expected}")
         return problems
 
-    def embedding_names(self) -> list[str]:
-        """The input embedding's and the output head's weight."""
-        modules = [self.model.get_input_embeddings(), self.model.get_output_embeddings()]
-        return [
-            f"{name}.weight"
-            for name, module in self.model.named_modules()
-            if any(module is each for each in modules) and isinstance(module, nn.Embedding | nn.Linear)
-        ]
+
+def embedding_names(model: Any) -> list[str]:
+    """The input embedding's and the output head's weight."""
+    modules = [model.get_input_embeddings(), model.get_output_embeddings()]
+    return [
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if any(module is each for each in modules) and isinstance(module, nn.Embedding | nn.Linear)
+    ]
 
 
 def _expert_place(name: str, target: str, pattern: str, converter: WeightConverter) -> Place:

@@ -7,7 +7,7 @@ import pytest
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "model")]
 
-from lora_folders import add_adapter, load, save_base
+from lora_folders import add_adapter, load, save_base  # noqa: E402 (found by the line above)
 
 Made = tuple[Path, Path]
 
