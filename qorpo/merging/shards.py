@@ -10,6 +10,7 @@ import pickle
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 
 from qorpo.errors import ModelError
 
-BLOCK_ELEMENTS = 1 << 22
+BLOCK_ELEMENTS = 1 << 20
 # Blocks of this many rows are whole quantization blocks of 64 weights, whatever a row's length.
 ROWS_TOGETHER = 64
 BLOCKS_IN_FLIGHT = 4
@@ -255,9 +256,9 @@ def plan_shards(tensors: Iterable[Planned], max_bytes: int) -> list[Shard]:
 def write_shards(folder: Path, shards: list[Shard], told: Callable[[int], None]) -> None:
     """Write shards and their index, each flushed to disk; `told` hears of bytes as they are handed over.
 
-    A thread writes while the next block is computed, at most BLOCKS_IN_FLIGHT of them behind.
+    A thread writes while another computes the next block, at most BLOCKS_IN_FLIGHT of them ahead.
     """
-    with ThreadPoolExecutor(1, thread_name_prefix="qorpo-write") as pool:
+    with _one_thread_computing(), ThreadPoolExecutor(1, thread_name_prefix="qorpo-write") as pool:
         pending: deque[Future[Any]] = deque()
 
         def soon(call: Callable[..., Any], *arguments: Any) -> None:
@@ -285,6 +286,17 @@ def write_shards(folder: Path, shards: list[Shard], told: Callable[[int], None])
             "weight_map": {tensor.name: shard.file for shard in shards for tensor in shard.tensors},
         }
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+
+
+@contextmanager
+def _one_thread_computing() -> Iterator[None]:
+    """Blocks are small: threads that wait for each other at every one are slower, on a busy machine ten times."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _write_all(file: BinaryIO, data: Any) -> None:
