@@ -135,7 +135,8 @@ def _all_changes(
 
 
 def _grows(changes: Sequence[Change], vocabulary: int) -> bool:
-    return any(isinstance(change, Replaced) and change.by.shape[0] == vocabulary for change in changes)
+    inner = [change.change if isinstance(change, Weighted) else change for change in changes]
+    return any(isinstance(change, Replaced) and change.by.shape[0] == vocabulary for change in inner)
 
 
 def _tied_apart(skeleton: Skeleton, changes: Mapping[str, list[Change]]) -> dict[str, str]:

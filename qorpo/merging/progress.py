@@ -1,4 +1,4 @@
-"""How far a merge is: a bar of bytes on a terminal, a line every tenth elsewhere."""
+"""How far a merge is: a bar of bytes on a terminal, a line every tenth elsewhere where that takes a while."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +12,8 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+
+WORTH_A_LINE = 10**9
 
 
 @contextmanager
@@ -27,7 +29,7 @@ def bytes_written(console: Console) -> Iterator[Callable[[int, int], None]]:
     def told(done: int, total: int) -> None:
         nonlocal tenths
         bar.update(task, completed=done, total=total)
-        if not console.is_terminal and done * 10 // total > tenths:
+        if not console.is_terminal and total > WORTH_A_LINE and done * 10 // total > tenths:
             tenths = done * 10 // total
             console.print(f"merged {tenths * 10}% of {total / 1e9:.2f} GB", highlight=False, soft_wrap=True)
         if done == total:

@@ -99,6 +99,7 @@ def test_dequantized_is_what_training_saw(run, tmp_path):
         assert torch.equal(stored[name], base[name])
 
 
+@pytest.mark.slow
 def test_a_plain_process_generates_the_same_text(run, tmp_path):
     """With neither qorpo nor PEFT nor bitsandbytes; in float32, greedily, as the adapter on its base."""
     from peft import PeftModel
