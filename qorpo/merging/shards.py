@@ -24,6 +24,7 @@ BLOCK_ELEMENTS = 1 << 20
 # Blocks of this many rows are whole quantization blocks of 64 weights, whatever a row's length.
 ROWS_TOGETHER = 64
 BLOCKS_IN_FLIGHT = 4
+FLUSH_BYTES = 128 << 20  # left to itself, Linux starts to write at a tenth of memory
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -256,36 +257,72 @@ def plan_shards(tensors: Iterable[Planned], max_bytes: int) -> list[Shard]:
 def write_shards(folder: Path, shards: list[Shard], told: Callable[[int], None]) -> None:
     """Write shards and their index, each flushed to disk; `told` hears of bytes as they are handed over.
 
-    A thread writes while another computes the next block, at most BLOCKS_IN_FLIGHT of them ahead.
+    One thread computes blocks, one writes them, and one flushes what was written, so that the disk never waits.
     """
-    with _one_thread_computing(), ThreadPoolExecutor(1, thread_name_prefix="qorpo-write") as pool:
-        pending: deque[Future[Any]] = deque()
-
-        def soon(call: Callable[..., Any], *arguments: Any) -> None:
-            pending.append(pool.submit(call, *arguments))
-            while len(pending) > BLOCKS_IN_FLIGHT:
-                pending.popleft().result()
-
-        try:
-            for shard in shards:
-                file = (folder / shard.file).open("wb", buffering=0)
-                soon(_write_all, file, shard.header())
-                for tensor in shard.tensors:
-                    for _, values in tensor.blocks():
-                        data = values.to(tensor.dtype).contiguous().reshape(-1).view(torch.uint8).numpy()
-                        soon(_write_all, file, data)
-                        told(data.nbytes)
-                soon(_finish, file)
-        finally:
-            failures = [failure for future in pending if (failure := future.exception())]
-        if failures:
-            raise failures[0]
+    with _one_thread_computing(), _Writer() as writer:
+        for shard in shards:
+            file = (folder / shard.file).open("wb", buffering=0)
+            writer.write(file, shard.header())
+            for tensor in shard.tensors:
+                for _, values in tensor.blocks():
+                    data = values.to(tensor.dtype).contiguous().reshape(-1).view(torch.uint8).numpy()
+                    writer.write(file, data.data)
+                    told(data.nbytes)
+            writer.finish(file)
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(tensor.nbytes for shard in shards for tensor in shard.tensors)},
             "weight_map": {tensor.name: shard.file for shard in shards for tensor in shard.tensors},
         }
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+
+
+class _Writer:
+    """Writes in the background, at most BLOCKS_IN_FLIGHT behind; leaving it waits for all and raises what failed."""
+
+    def __init__(self) -> None:
+        self._writing = ThreadPoolExecutor(1, thread_name_prefix="qorpo-write")
+        self._flushing = ThreadPoolExecutor(1, thread_name_prefix="qorpo-flush")
+        self._writes: deque[Future[Any]] = deque()
+        self._flushes: list[Future[Any]] = []
+        self._unflushed_bytes = 0
+
+    def __enter__(self) -> "_Writer":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._writing.shutdown()
+        self._flushing.shutdown()
+        if error[0] is None:
+            for future in (*self._writes, *self._flushes):
+                future.result()
+
+    def write(self, file: BinaryIO, data: Any) -> None:
+        self._soon(self._write, file, data)
+
+    def finish(self, file: BinaryIO) -> None:
+        self._soon(self._flush, file, True)
+
+    def _soon(self, call: Callable[..., Any], *arguments: Any) -> None:
+        self._writes.append(self._writing.submit(call, *arguments))
+        while len(self._writes) > BLOCKS_IN_FLIGHT:
+            self._writes.popleft().result()
+
+    def _write(self, file: BinaryIO, data: Any) -> None:
+        _write_all(file, data)
+        self._unflushed_bytes += len(data)
+        if self._unflushed_bytes >= FLUSH_BYTES:
+            self._flush(file, False)
+
+    def _flush(self, file: BinaryIO, is_last: bool) -> None:
+        self._unflushed_bytes = 0
+        self._flushes.append(self._flushing.submit(_sync, file, is_last))
+
+
+def _sync(file: BinaryIO, is_last: bool) -> None:
+    os.fsync(file.fileno())
+    if is_last:
+        file.close()
 
 
 @contextmanager
@@ -303,8 +340,3 @@ def _write_all(file: BinaryIO, data: Any) -> None:
     room = memoryview(data)
     while len(room):
         room = room[file.write(room) :]
-
-
-def _finish(file: BinaryIO) -> None:
-    os.fsync(file.fileno())
-    file.close()
