@@ -23,41 +23,59 @@ def dequantized(stored: Stored, *, transposed: bool = False) -> Blocks:
         transposed: the layer quantizes the matrix's transpose, as it does for GPT-2's Conv1D.
     """
 
-    def source() -> Iterator[Block]:
-        if not transposed:
-            yield from (Block(start, values.to(torch.bfloat16)) for start, values in stored.blocks())
-            return
-        whole = torch.cat([values.to(torch.bfloat16) for _, values in stored.blocks()])
-        yield Block(0, whole.T.contiguous())
+    def low_precision() -> Iterator[Block]:
+        return (Block(start, values.to(torch.bfloat16)) for start, values in stored.blocks())
 
     def blocks() -> Iterator[Block]:
-        from bitsandbytes.functional import (
-            QuantState,
-            dequantize_4bit,
-            dequantize_blockwise,
-            quantize_4bit,
-            quantize_blockwise,
+        if not transposed:
+            for first, values in _round_trip(low_precision()):
+                for start in range(0, len(values), stored.rows_together):
+                    yield Block(first + start, values[start : start + stored.rows_together].float())
+            return
+        whole = torch.cat([values for _, values in low_precision()])
+        step = stored.rows_together
+        columns = (
+            Block(start, whole[:, start : start + step].T.contiguous())
+            for start in range(0, whole.shape[1], step)
         )
-
-        codes, scales = [], []
-        for start, values in source():
-            packed, state = quantize_4bit(values, blocksize=BLOCK_SIZE, quant_type="nf4")
-            codes.append((start, values.shape, packed))
-            scales.append(state.absmax)
-        absmax = torch.cat(scales)
-        offset = absmax.mean()
-        absmax = dequantize_blockwise(*quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK_SIZE))
-        absmax += offset
-
-        done = 0
-        for start, shape, packed in codes:
-            count = -(-shape.numel() // BLOCK_SIZE)
-            state = QuantState(
-                absmax=absmax[done : done + count], shape=shape, dtype=torch.bfloat16,
-                blocksize=BLOCK_SIZE, quant_type="nf4",
-            )  # fmt: skip
-            done += count
-            values = dequantize_4bit(packed, state)
-            yield Block(start, (values.T if transposed else values).float().contiguous())
+        for start, values in _round_trip(columns):
+            whole[:, start : start + len(values)] = values.T
+        for start in range(0, len(whole), step):
+            yield Block(start, whole[start : start + step].float())
 
     return blocks
+
+
+def _round_trip(blocks: Iterator[Block]) -> Iterator[Block]:
+    """A matrix quantized and dequantized; all of it is read before the first block comes back."""
+    from bitsandbytes.functional import (
+        QuantState,
+        dequantize_4bit,
+        dequantize_blockwise,
+        quantize_4bit,
+        quantize_blockwise,
+    )
+
+    codes, scales = [], []
+    for start, values in blocks:
+        packed, state = quantize_4bit(values, blocksize=BLOCK_SIZE, quant_type="nf4")
+        codes.append((start, values.shape, packed))
+        scales.append(state.absmax)
+    absmax = torch.cat(scales)
+    offset = absmax.mean()
+    absmax = dequantize_blockwise(*quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK_SIZE)) + offset
+    columns = codes[0][1][1]
+    if columns % BLOCK_SIZE:
+        # bitsandbytes' kernel for the CPU takes other scales for such rows, by their place in the whole matrix.
+        num_rows = sum(shape[0] for _, shape, _ in codes)
+        codes = [(0, torch.Size((num_rows, columns)), torch.cat([packed for _, _, packed in codes]))]
+
+    done = 0
+    for start, shape, packed in codes:
+        count = -(-shape.numel() // BLOCK_SIZE)
+        state = QuantState(
+            absmax=absmax[done : done + count], shape=shape, dtype=torch.bfloat16,
+            blocksize=BLOCK_SIZE, quant_type="nf4",
+        )  # fmt: skip
+        done += count
+        yield Block(start, dequantize_4bit(packed, state))

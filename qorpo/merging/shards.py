@@ -21,8 +21,6 @@ import torch
 from qorpo.errors import ModelError
 
 BLOCK_ELEMENTS = 1 << 20
-# Blocks of this many rows are whole quantization blocks of 64 weights, whatever a row's length.
-ROWS_TOGETHER = 64
 BLOCKS_IN_FLIGHT = 4
 FLUSH_BYTES = 128 << 20  # left to itself, Linux starts to write at a tenth of memory
 
@@ -60,13 +58,16 @@ class Stored:
     def nbytes(self) -> int:
         return prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def rows_together(self) -> int:
+        """Rows in a block; of a matrix a multiple of 64, so that quantization's blocks of 64 weights stay whole."""
+        rows = BLOCK_ELEMENTS // max(prod(self.shape[1:]), 1)
+        return max(64, rows // 64 * 64) if len(self.shape) <= 2 else max(1, rows)
+
     def blocks(self) -> Iterator[Block]:
         """The tensor's rows in its own type; a number alone is one row."""
         num_rows, *rest = self.shape or (1,)
-        row = prod(rest)
-        step = max(ROWS_TOGETHER, BLOCK_ELEMENTS // max(row, 1) // ROWS_TOGETHER * ROWS_TOGETHER)
-        if len(self.shape) > 2:
-            step = max(1, BLOCK_ELEMENTS // max(row, 1))
+        row, step = prod(rest), self.rows_together
         if self.mapped is not None:
             for start in range(0, num_rows, step):
                 yield Block(start, self.mapped.reshape(num_rows, *rest)[start : start + step].clone())

@@ -54,6 +54,7 @@ def test_as_the_loaded_layers(name, dtype, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("sizes", [
     {"hidden_size": 36, "intermediate_size": 50, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 10},
+    {"hidden_size": 96, "intermediate_size": 160, "num_attention_heads": 4, "head_dim": 40},
     {"hidden_size": 200, "intermediate_size": 330, "num_attention_heads": 4, "head_dim": 64},
 ])  # fmt: skip
 def test_rows_that_are_no_whole_blocks(sizes, tmp_path, monkeypatch):
