@@ -152,6 +152,7 @@ def test_gpu_check_claims_nothing_without_a_gpu(tmp_path):
     assert not output.exists()
 
 
+@pytest.mark.slow
 def test_merge_beside_a_copy(tmp_path):
     output = tmp_path / "results.jsonl"
     (line,) = run(

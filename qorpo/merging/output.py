@@ -22,7 +22,7 @@ WEIGHTS = re.compile(
 TOKENIZER = re.compile(
     r"tokenizer.*\.json|special_tokens_map\.json|added_tokens\.json|vocab\..*|merges\.txt|chat_template\..*"
 )
-CODE = re.compile(r".*\.(py|json|txt|jinja|model|tiktoken)")
+KEPT = re.compile(r".*\.(py|json|txt|jinja|model|tiktoken)|(LICENSE|NOTICE|USE_POLICY).*")
 
 
 def check_output(output: Path, needed_bytes: int) -> None:
@@ -83,7 +83,7 @@ def write_files(folder: Path, base: Base, trained: Sequence[Trained], config: di
     """
     tokenizer = tokenizer_folder(base, trained)
     for path in sorted(base.folder.iterdir()):
-        if not CODE.fullmatch(path.name) or WEIGHTS.fullmatch(path.name) or path.name.startswith("."):
+        if not KEPT.fullmatch(path.name) or WEIGHTS.fullmatch(path.name) or path.name.startswith("."):
             continue
         if path.is_file() and (tokenizer == base.folder or not TOKENIZER.fullmatch(path.name)):
             shutil.copyfile(path, folder / path.name)
@@ -108,21 +108,18 @@ def tokenizer_folder(base: Base, trained: Sequence[Trained]) -> Path:
 
 def write_card(folder: Path, base: Base, trained: Sequence[Trained], onto: str) -> None:
     """README.md: what was merged into what, trained on which data, with which recipe, and how it measured."""
-    original = base.commit or ("local folder" if base.folder.is_absolute() else None)
     is_hub_id = base.commit is not None and base.name.count("/") == 1
     front = {"library_name": "transformers", "tags": ["orpo", "qorpo"]} | (
         {"base_model": base.name} if is_hub_id else {}
     )
-    lines = [
-        "---",
-        yaml.safe_dump(front, sort_keys=False).strip(),
-        "---",
-        "",
-        f"# {folder_title(trained)}",
-        "",
-    ]
+    title = " + ".join((each.run or each.adapter.folder).name for each in trained)
+    lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", f"# {title}", ""]
     weights = "the base's own weights" if onto == "original" else "the base's NF4 weights, dequantized"
-    lines += [f"LoRA adapters merged by qorpo into {weights}.", "", f"- base: `{base.name}` ({original})"]
+    lines += [
+        f"LoRA adapters merged by qorpo into {weights}.",
+        "",
+        f"- base: `{base.name}` ({base.commit or 'a local folder'})",
+    ]
     for each in trained:
         weight = f" × {each.adapter.weight:g}" if each.adapter.weight != 1.0 else ""
         lines.append(f"- adapter: `{(each.run or each.adapter.folder).name}`{weight}")
@@ -130,10 +127,6 @@ def write_card(folder: Path, base: Base, trained: Sequence[Trained], onto: str) 
     for each in trained:
         lines += _run_section(each)
     (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def folder_title(trained: Sequence[Trained]) -> str:
-    return " + ".join((each.run or each.adapter.folder).name for each in trained)
 
 
 def _run_section(trained: Trained) -> list[str]:

@@ -26,8 +26,6 @@ class Plan:
     shards: list[Shard]
     config: dict[str, Any]
     changed: int  # tensors that the adapters change
-    requantized: int  # tensors whose base is the dequantized one
-    largest_bytes: int
 
     @property
     def total_bytes(self) -> int:
@@ -57,6 +55,7 @@ def make_plan(
     to_quantize = _nf4_parameters(base) if onto == "dequantized" else {}
 
     planned: list[Planned] = []
+    num_changed = 0
     for name, tensor in _with_untied(stored, places, tied):
         place = places.get(name, Place(name))
         source: Blocks = tensor.blocks
@@ -71,7 +70,7 @@ def make_plan(
             source = dequantized(tensor, transposed=to_quantize[place.parameter])
         elif of_parameter:
             source = tensor.float_blocks
-        shape = tensor.shape
+        shape, num_changed = tensor.shape, num_changed + bool(of_parameter)
         for change in of_parameter:
             shape = _shape_after(change, name, shape, place)
             source = _then(change, source, place)
@@ -80,12 +79,8 @@ def make_plan(
     return Plan(
         shards=plan_shards(planned, max_shard_bytes),
         config=_config(base.raw_config, dtype, vocabulary, untied=bool(tied)),
-        changed=sum(places.get(tensor.name, Place(tensor.name)).parameter in changes for tensor in planned),
-        requantized=sum(
-            places.get(tensor.name, Place(tensor.name)).parameter in to_quantize for tensor in planned
-        ),
-        largest_bytes=max(max(tensor.nbytes for tensor in planned), max(tensor.nbytes for tensor in stored.values())),
-    )  # fmt: skip
+        changed=num_changed,
+    )
 
 
 def _check_base(

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,18 @@ from qorpo.model.load import model_source
 from qorpo.recipe import Recipe, load_recipe
 
 # Of a hub's model: what transformers opens, and what belongs to it.
-FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken")
+FILES = [
+    "*.json",
+    "*.safetensors",
+    "*.txt",
+    "*.model",
+    "*.jinja",
+    "*.py",
+    "*.tiktoken",
+    "LICENSE*",
+    "NOTICE*",
+]
+DOUBLES = ["consolidated*", "original/*"]  # the same weights in another format
 
 
 @dataclass(frozen=True)
@@ -25,7 +37,7 @@ class Trained:
     adapter: Adapter
     run: Path | None
 
-    @property
+    @cached_property
     def recipe(self) -> Recipe | None:
         return load_recipe(self.run / "recipe.yaml") if self.run else None
 
@@ -110,9 +122,11 @@ def find_base(
     revision = revision or next((each.base_revision for each in trained if each.base == path), None)
     folder = Path(source)
     if not folder.is_dir():
-        patterns = [*FILES, "*.bin"] if allow_pickle else list(FILES)
+        patterns = [*FILES, "*.bin"] if allow_pickle else FILES
         try:
-            folder = Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
+            folder = Path(
+                snapshot_download(source, revision=revision, allow_patterns=patterns, ignore_patterns=DOUBLES)
+            )
         except Exception as error:  # of whichever HTTP library is underneath
             raise ModelError(
                 f"{source}: neither a folder nor to be had from the hub: {str(error).splitlines()[0]}"
