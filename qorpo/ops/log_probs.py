@@ -177,7 +177,9 @@ class _Softmax(NamedTuple):
         The target's 1 − p is −expm1(logp), exact where p is near 1, just where the odds term looks closest. One
         tensor, cast once by the caller: two products subtracted after a cast would cancel there.
         """
-        slopes_CV = self.probs_CV.neg_().scatter_(1, self.targets_C[:, None], -torch.expm1(self.logps_C)[:, None])
+        slopes_CV = self.probs_CV.neg_().scatter_(
+            1, self.targets_C[:, None], -torch.expm1(self.logps_C)[:, None]
+        )
         if self.scale != 1.0:
             slopes_CV *= self.scale
         return slopes_CV if self.damping_CV is None else slopes_CV.mul_(self.damping_CV)
