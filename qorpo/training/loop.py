@@ -15,8 +15,9 @@ from accelerate.utils import ProjectConfiguration
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from qorpo.data.prepare import largest_token_id
 from qorpo.data.records import PreferencePair
-from qorpo.data.tokenize import ChatFormat, Tokenized, TokenizedPair, tokenize_pairs
+from qorpo.data.tokenize import ChatFormat, Limits, Tokenized, TokenizedPair, tokenize_pairs
 from qorpo.errors import ModelError, RunError
 from qorpo.model.adapters import attach_lora
 from qorpo.model.load import keep_nf4_trainable, read_chat_template
@@ -65,8 +66,9 @@ class Trainer:
 
         self.chat = ChatFormat(tokenizer, read_chat_template(recipe.model.chat_template))
         self.train_pairs = _tokenized(train_pairs, self.chat, recipe.data)
-        self.eval_pairs = [] if eval_pairs is None else _tokenized(eval_pairs, self.chat, recipe.data)
-        _check_vocabulary(model, tokenizer, [*self.train_pairs, *self.eval_pairs])
+        self.eval_pairs = [] if eval_pairs is None else list(_tokenized(eval_pairs, self.chat, recipe.data))
+        for pairs in (self.train_pairs, self.eval_pairs):
+            _check_vocabulary(model, tokenizer, pairs)
 
         self.accelerator = Accelerator(
             cpu=model.device.type == "cpu",
@@ -348,17 +350,20 @@ def _flat(nested: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
+def limits_of(keys: DataRecipe) -> Limits:
+    return Limits(keys.max_length, keys.max_prompt_length, keys.long_prompts, keys.long_responses)
+
+
 def _tokenized(
     pairs: Sequence[PreferencePair] | Tokenized, chat: ChatFormat, recipe: DataRecipe
-) -> list[TokenizedPair]:
-    if isinstance(pairs, Tokenized):
-        return pairs.pairs
-    limits = {"max_length": recipe.max_length, "max_prompt_length": recipe.max_prompt_length}
-    return tokenize_pairs(pairs, chat, **limits).pairs
+) -> Sequence[TokenizedPair]:
+    return (
+        pairs.pairs if isinstance(pairs, Tokenized) else tokenize_pairs(pairs, chat, limits_of(recipe)).pairs
+    )
 
 
 def _check_vocabulary(model: Any, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[TokenizedPair]) -> None:
-    largest = max(max(max(pair.prompt_ids), max(pair.chosen_ids), max(pair.rejected_ids)) for pair in pairs)
+    largest = largest_token_id(pairs)
     rows = model.get_input_embeddings().weight.shape[0]
     if largest >= rows:
         raise ModelError(

@@ -16,14 +16,14 @@ import torch
 from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
 
-from qorpo.data.filters import leaked_prompts, split_by_prompt
-from qorpo.data.records import DataReport, PairSet
-from qorpo.data.sources import load_pairs
-from qorpo.data.tokenize import ChatFormat, Tokenized, tokenize_pairs
+from qorpo.data.prepare import PreparedData, prepare_pairs
+from qorpo.data.shapes import Layout
+from qorpo.data.sources import Source
+from qorpo.data.tokenize import ChatFormat
 from qorpo.errors import RunError
 from qorpo.model.load import load_model, load_tokenizer, read_chat_template
-from qorpo.recipe import Recipe, load_recipe, resolve
-from qorpo.training.loop import Trainer
+from qorpo.recipe import Recipe, SourceRecipe, load_recipe, resolve
+from qorpo.training.loop import Trainer, limits_of
 from qorpo.training.progress import Progress
 from qorpo.training.run_folder import RunFolder
 
@@ -128,59 +128,38 @@ def merge_saved(saved: Recipe, given: Recipe) -> Recipe:
     return given
 
 
-@dataclass(frozen=True, slots=True)
-class RunData:
-    """A run's pairs as tokens, and the report of the whole they were split from, where they were."""
-
-    train: Tokenized
-    eval: Tokenized | None
-    whole: DataReport | None
-    leaked_prompts: int
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "train": self.train.report.as_dict(),
-            "eval": self.eval and self.eval.report.as_dict(),
-            "split_from": self.whole and self.whole.as_dict(),
-            "eval_prompts_in_train": self.leaked_prompts,
-        }
-
-
-def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RunData:
-    """Read, filter, split and tokenize the recipe's pairs, logging what was dropped."""
+def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
+    """The recipe's pairs as tokens, logging what was dropped."""
     keys = recipe.data
-    chat = ChatFormat(tokenizer, read_chat_template(recipe.model.chat_template))
-    pairs: PairSet = load_pairs(keys.train, on_bad_record=keys.on_bad_record)
-    whole, eval_pairs = None, None
-    if isinstance(keys.eval, float):
-        whole = pairs.report
-        logger.info("data: %s", whole.summary())
-        pairs, eval_pairs = split_by_prompt(pairs, keys.eval, recipe.train.seed)
-    elif keys.eval is not None:
-        eval_pairs = load_pairs(keys.eval, on_bad_record=keys.on_bad_record)
-    leaked = leaked_prompts(pairs, eval_pairs) if eval_pairs is not None else 0
-    if leaked:
-        logger.warning("data: %d evaluation prompts occur in training too; its figures will flatter", leaked)
-
-    def tokens(pairs: PairSet, name: str) -> Tokenized:
-        limits = {"max_length": keys.max_length, "max_prompt_length": keys.max_prompt_length}
-        tokenized = tokenize_pairs(pairs, chat, **limits)
-        report = tokenized.report
-        logger.info(
-            "data: %s: %s, kept %d; cut to length: %s", name, report.summary(), report.kept, _cut(report)
-        )
-        return tokenized
-
-    return RunData(
-        tokens(pairs, "train"), tokens(eval_pairs, "eval") if eval_pairs is not None else None, whole, leaked
+    data = prepare_pairs(
+        _sources(keys.train),
+        keys.eval if isinstance(keys.eval, float | None) else _sources(keys.eval),
+        ChatFormat(tokenizer, read_chat_template(recipe.model.chat_template)),
+        limits_of(keys),
+        layout=Layout(shape=keys.shape, columns=keys.columns, ranked_pairs=keys.ranked_pairs),
+        min_margin=keys.min_margin,
+        on_bad_record=keys.on_bad_record,
+        seed=recipe.train.seed,
     )
+    if data.whole is not None:
+        logger.info("data: %s", data.whole.summary())
+    if data.leaked_prompts:
+        logger.warning(
+            "data: %d evaluation prompts occur in training too; its figures will flatter", data.leaked_prompts
+        )
+    for name, tokenized in (("train", data.train), ("eval", data.eval)):
+        if tokenized is not None:
+            report = tokenized.report
+            cut = ", ".join(f"{count} {side}" for side, count in report.cut.items() if count) or "none"
+            logger.info("data: %s: %s, kept %d; cut to length: %s", name, report.summary(), report.kept, cut)
+    return data
 
 
-def _cut(report: DataReport) -> str:
-    return ", ".join(f"{count} {side}" for side, count in report.cut.items())
+def _sources(given: Sequence[str | SourceRecipe]) -> list[str | Source]:
+    return [each if isinstance(each, str) else Source(**dict(each)) for each in given]
 
 
-def check_same_data(folder: RunFolder, data: RunData) -> None:
+def check_same_data(folder: RunFolder, data: PreparedData) -> None:
     """Raises RunError where the files are not those that the run began with: steps would repeat or miss pairs."""
     saved = json.loads((folder.path / "data.json").read_text(encoding="utf-8"))
     for name, now in data.as_dict().items():
@@ -194,7 +173,7 @@ def _hashes(report: dict[str, Any]) -> list[str]:
     return [source["sha256"] for source in report["sources"]]
 
 
-def write_down(folder: RunFolder, recipe: Recipe, model: Any, data: RunData) -> None:
+def write_down(folder: RunFolder, recipe: Recipe, model: Any, data: PreparedData) -> None:
     """What explains the run, before its first step; the recipe last, since it marks the folder as a run's."""
     folder.write_json("data.json", data.as_dict())
     folder.write_json("environment.json", environment(model))
