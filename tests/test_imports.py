@@ -28,6 +28,7 @@ HEIGHTS = {
     "demo": 1,
     "recipe": 1,
     "objectives": 2,
+    "report": 2,
     "model": 2,
     "training": 3,
     "planning": 3,
@@ -203,6 +204,7 @@ def test_mathematics_needs_torch_alone(part):
 # Packing makes tensors; preparing writes Arrow files through datasets, and reads its hub.
 DATA_MAY = {
     ("data/pack.py", "torch"),
+    ("data/inspect.py", "numpy"),
     ("data/prepare.py", "numpy"),
     ("data/prepare.py", "datasets"),
     ("data/sources.py", "datasets"),

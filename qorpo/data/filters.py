@@ -66,12 +66,17 @@ def notes(pair: PreferencePair, margin: float | None = None) -> list[str]:
     """
     texts = [*(turn["content"] for turn in pair.prompt), pair.chosen, pair.rejected]
     found = {
-        "role_label_in_response": any(_ROLE_LABEL.search(text) for text in texts[-2:]),
+        "role_label_in_response": any(_has_role_label(text) for text in texts[-2:]),
         "replacement_character": any("\ufffd" in text for text in texts),
         "nul_character": any("\0" in text for text in texts),
         "scores_disagree": margin is not None and margin < 0,
     }
     return [name for name, is_so in found.items() if is_so]
+
+
+def _has_role_label(text: str) -> bool:
+    # Looking for the words first is many times faster than the pattern on its own.
+    return ("Human:" in text or "Assistant:" in text) and _ROLE_LABEL.search(text) is not None
 
 
 class Repeats:

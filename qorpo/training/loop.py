@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from qorpo.data.prepare import largest_token_id
 from qorpo.data.records import PreferencePair
-from qorpo.data.tokenize import ChatFormat, Limits, Tokenized, TokenizedPair, tokenize_pairs
+from qorpo.data.tokenize import ChatFormat, Tokenized, TokenizedPair, tokenize_pairs
 from qorpo.errors import ModelError, RunError
 from qorpo.model.adapters import attach_lora
 from qorpo.model.load import keep_nf4_trainable, read_chat_template
@@ -25,6 +25,7 @@ from qorpo.model.recompute import checkpoint_layers
 from qorpo.model.selfcheck import make_scorer
 from qorpo.recipe import DataRecipe, Recipe, resolve
 from qorpo.training.checkpoint import TrainState, load_adapter, load_checkpoint, save_adapter, save_checkpoint
+from qorpo.training.data import limits_of
 from qorpo.training.optim import make_optimizer, make_schedule
 from qorpo.training.progress import Progress
 from qorpo.training.run_folder import RunFolder
@@ -348,10 +349,6 @@ def _flat(nested: dict[str, Any]) -> dict[str, Any]:
                 entry if isinstance(entry, int | float | str) else str(entry)
             )
     return flat
-
-
-def limits_of(keys: DataRecipe) -> Limits:
-    return Limits(keys.max_length, keys.max_prompt_length, keys.long_prompts, keys.long_responses)
 
 
 def _tokenized(

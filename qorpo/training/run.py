@@ -14,16 +14,13 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import PreTrainedTokenizerBase
 
-from qorpo.data.prepare import PreparedData, prepare_pairs
-from qorpo.data.shapes import Layout
-from qorpo.data.sources import Source
-from qorpo.data.tokenize import ChatFormat
+from qorpo.data.prepare import PreparedData
 from qorpo.errors import RunError
-from qorpo.model.load import load_model, load_tokenizer, read_chat_template
-from qorpo.recipe import Recipe, SourceRecipe, load_recipe, resolve
-from qorpo.training.loop import Trainer, limits_of
+from qorpo.model.load import load_model
+from qorpo.recipe import Recipe, load_recipe, resolve
+from qorpo.training.data import chat_format_of, load_data
+from qorpo.training.loop import Trainer
 from qorpo.training.progress import Progress
 from qorpo.training.run_folder import RunFolder
 
@@ -87,10 +84,8 @@ def train(
     device = PartialState().device
     recipe = resolve(recipe, device_type=device.type)
 
-    tokenizer = load_tokenizer(
-        recipe.model.path, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code
-    )
-    data = load_data(recipe, tokenizer)
+    chat = chat_format_of(recipe)
+    data = load_data(recipe, chat)
     if resume:
         check_same_data(folder, data)
     model = load_model(
@@ -101,7 +96,7 @@ def train(
         trust_remote_code=recipe.model.trust_remote_code,
         allow_pickle=recipe.model.allow_pickle,
     )
-    trainer = Trainer(model, tokenizer, recipe, data.train, data.eval, progress=progress)
+    trainer = Trainer(model, chat.tokenizer, recipe, data.train, data.eval, progress=progress)
     if not resume:
         write_down(folder, trainer.recipe, model, data)
     metrics = trainer.train(resume=resume)
@@ -126,37 +121,6 @@ def merge_saved(saved: Recipe, given: Recipe) -> Recipe:
             + "\n  ".join(changes)
         )
     return given
-
-
-def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
-    """The recipe's pairs as tokens, logging what was dropped."""
-    keys = recipe.data
-    data = prepare_pairs(
-        _sources(keys.train),
-        keys.eval if isinstance(keys.eval, float | None) else _sources(keys.eval),
-        ChatFormat(tokenizer, read_chat_template(recipe.model.chat_template)),
-        limits_of(keys),
-        layout=Layout(shape=keys.shape, columns=keys.columns, ranked_pairs=keys.ranked_pairs),
-        min_margin=keys.min_margin,
-        on_bad_record=keys.on_bad_record,
-        seed=recipe.train.seed,
-    )
-    if data.whole is not None:
-        logger.info("data: %s", data.whole.summary())
-    if data.leaked_prompts:
-        logger.warning(
-            "data: %d evaluation prompts occur in training too; its figures will flatter", data.leaked_prompts
-        )
-    for name, tokenized in (("train", data.train), ("eval", data.eval)):
-        if tokenized is not None:
-            report = tokenized.report
-            cut = ", ".join(f"{count} {side}" for side, count in report.cut.items() if count) or "none"
-            logger.info("data: %s: %s, kept %d; cut to length: %s", name, report.summary(), report.kept, cut)
-    return data
-
-
-def _sources(given: Sequence[str | SourceRecipe]) -> list[str | Source]:
-    return [each if isinstance(each, str) else Source(**dict(each)) for each in given]
 
 
 def check_same_data(folder: RunFolder, data: PreparedData) -> None:
