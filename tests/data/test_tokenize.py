@@ -1,5 +1,6 @@
 """The boundary, the stop token, BOS, cutting and counting, over the kinds of template and tokenizer there are."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,23 @@ THINKING = (
 CHANNELS = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}{% if m['role'] == 'assistant' %}{{ '<|im_start|>' }}"
     "{% endif %}{{ m['content'] + '</s>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+# Qwen-2.5's, which speaks for a system that says nothing; Llama-3.1's, which says the date.
+DEFAULT_SYSTEM = (
+    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are helpful.<|im_end|>\n' }}{% endif %}"
+    + CHATML
+)
+DATED = (
+    "{{ bos_token }}{{ '<|start_header_id|>system<|end_header_id|>\n\nToday is ' + strftime_now('%Y') + '<|eot_id|>' }}"
+    + LLAMA3.removeprefix("{{ bos_token }}")
+)
+# Qwen-3's: thoughts of earlier turns go, those of the last answer are set apart.
+FORGETFUL = (
+    "{% for m in messages %}{% set c = m['content'] %}{% if m['role'] == 'assistant' and '</think>' in c %}"
+    "{% if loop.last %}{% set c = '<think>\n' + c.split('</think>')[0].split('<think>')[-1].strip() + '\n</think>\n\n' "
+    "+ c.split('</think>')[-1].strip() %}{% else %}{% set c = c.split('</think>')[-1].strip() %}{% endif %}{% endif %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + c + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 UNLABELLED = "{% for m in messages %}{{ m['content'] + '\n' }}{% endfor %}"
 
@@ -198,6 +216,23 @@ FORMATS = {
         "</s>",
         "<|user|>what is a colour?</s><|assistant|>",
         "<|im_start|>Red is a colour.</s>",
+    ),
+    "a default system turn": (
+        lambda: byte_level(DEFAULT_SYSTEM),
+        None,
+        "<|im_end|>",
+        "<|im_start|>system\nYou are helpful.<|im_end|>\n<|im_start|>user\nwhat is a colour?<|im_end|>\n"
+        "<|im_start|>assistant\n",
+        "Red is a colour.<|im_end|>",
+    ),
+    "the date": (
+        lambda: byte_level(DATED),
+        None,
+        "<|eot_id|>",
+        f"<s><|start_header_id|>system<|end_header_id|>\n\nToday is {time.strftime('%Y')}<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nwhat is a colour?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        "Red is a colour.<|eot_id|>",
     ),
     "unlabelled": (
         lambda: byte_level(UNLABELLED),
@@ -478,6 +513,20 @@ def test_rows_that_a_template_rewrites_are_dropped(template):
     three = (turn("user", "hi"), turn("assistant", "hello"))
     kept, report = tokenize_pairs([pair("Green", "tea"), pair(before=three)], chat_format, Limits(**ROOMY))
     assert [len(kept), report.dropped] == [1, {"template_mismatch": 1}]
+
+
+def test_a_template_that_forgets_thoughts_writes_the_last_answer_s_or_drops_it():
+    chat_format = ChatFormat(byte_level(FORGETFUL))
+    decode = chat_format.tokenizer.decode
+    before = (turn("user", "hello"), turn("assistant", "<think>what</think>hi"))
+    thought = "<think>\nhello\n</think>\n\nRed is a colour."
+    tokens = tokenize_one(chat_format, pair(chosen=thought, before=before))
+    assert decode(tokens.prompt_ids).startswith(
+        "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\nhi<|im_end|>\n"
+    )
+    assert decode(tokens.chosen_ids) == thought + "<|im_end|>"
+    # It would write these otherwise than they are.
+    assert drop_reasons(chat_format, pair(chosen="<think>a</think>Red")) == {"template_mismatch": 1}
 
 
 def test_answers_are_trimmed_where_the_template_trims():
