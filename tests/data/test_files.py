@@ -112,10 +112,10 @@ def test_bad_lines_are_named(tmp_path, name, data, where, said):
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.jsonl.zst", "a.json.gz"])
 @pytest.mark.parametrize("data", [b"", b"no such thing", b"ARROW1 and no more"])
 def test_broken_files_are_named(tmp_path, name, data):
-    if name == "a.jsonl.zst" and not data:
-        pytest.skip("an empty stream is an empty file")
     (tmp_path / name).write_bytes(data)
-    with pytest.raises(DataError, match=rf"{name}: .*"):
+    # To zstd an empty stream is an empty file.
+    said = "0 usable pairs in" if name.endswith(".zst") and not data else rf"{name}: .*"
+    with pytest.raises(DataError, match=said):
         load_pairs(tmp_path / name, on_bad_record="skip")
 
 
