@@ -9,6 +9,7 @@ children hold together, libraries included, looked at twice a second. A JSON lin
 """
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -109,19 +110,21 @@ class Peak:
         self.thread.start()
 
     def watch(self) -> None:
-        me = psutil.Process()
+        self.look()
         while not self.is_over.wait(0.5):
-            held = 0
-            for process in [me, *me.children(recursive=True)]:
-                try:
-                    held += process.memory_full_info().pss
-                except psutil.Error:  # just ended
-                    continue
-            self.bytes = max(self.bytes, held)
+            self.look()
+
+    def look(self) -> None:
+        me, held = psutil.Process(), 0
+        for process in [me, *me.children(recursive=True)]:
+            with contextlib.suppress(psutil.Error):  # just ended
+                held += process.memory_full_info().pss
+        self.bytes = max(self.bytes, held)
 
     def stop(self) -> int:
         self.is_over.set()
         self.thread.join()
+        self.look()
         return round(self.bytes / MIB)
 
 
