@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 PAIRS_PER_BATCH = 512
 # Below this many pairs a process takes longer to start than to tokenize its share.
 PAIRS_PER_PROCESS = 4096
+SECONDS_OF_A_DAY = 24 * 60 * 60
 _SIDES = ("prompt", "chosen", "rejected")
 
 
@@ -96,6 +98,9 @@ def prepare_pairs(
             logger.info("data: tokens as made before, in %s", folder)
             return prepared
     unfinished = cache / f".{folder.name}.{os.getpid()}"
+    for leftover in cache.glob(f".{folder.name}.*"):
+        if time.time() - leftover.stat().st_mtime > SECONDS_OF_A_DAY:  # of a killed run, and no run at work
+            shutil.rmtree(leftover, ignore_errors=True)
     try:
         unfinished.mkdir(parents=True)
         _build(unfinished, work, chat_format, num_processes)

@@ -170,6 +170,18 @@ def test_a_broken_cache_is_made_again(source, chat, tmp_path):
         assert list(prepared(source, None, chat, tmp_path).train.pairs) == expected
 
 
+def test_what_a_killed_run_left_is_swept_away_after_a_day(source, chat, tmp_path):
+    prepared(source, None, chat, tmp_path)
+    (folder,) = (tmp_path / "cache").iterdir()
+    shutil.rmtree(folder)
+    for pid, age in ((1, 0), (2, 2 * prepare.SECONDS_OF_A_DAY)):
+        left = folder.with_name(f".{folder.name}.{pid}")
+        left.mkdir()
+        os.utime(left, (left.stat().st_mtime - age,) * 2)
+    prepared(source, None, chat, tmp_path)
+    assert {path.name for path in folder.parent.iterdir()} == {folder.name, f".{folder.name}.1"}
+
+
 def test_nothing_is_left_of_what_fails(source, chat, tmp_path, monkeypatch):
     write(Path(source), [*records(3), {"prompt": 1}])
     with pytest.raises(DataError, match=r"pairs\.jsonl:4"):
