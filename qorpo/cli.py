@@ -1,7 +1,9 @@
 """The `qorpo` command: each command calls the library, prints what it returns, and names its errors."""
 
+import json
 import logging
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -35,14 +37,11 @@ def train(
 
     console = Console(stderr=True)
     _log_to(console)
+    _quiet_bars_where_no_terminal()
     # Imported here: torch and transformers take seconds that --help should not.
-    from transformers.utils.logging import disable_progress_bar
-
     from qorpo.recipe import load_recipe
     from qorpo.training.run import train as run
 
-    if not console.is_terminal:
-        disable_progress_bar()  # its redrawn line is noise in a file
     try:
         result = run(load_recipe(recipe, overrides or []), resume=resume, progress=ConsoleProgress(console))
     except KeyboardInterrupt:  # typer would end without a word
@@ -53,6 +52,40 @@ def train(
         typer.echo(f"best evaluation loss at step {result.best_step} of {result.steps}")
     for name, value in sorted(result.metrics.items()):
         typer.echo(f"{name}: {value:.4f}")
+
+
+@app.command()
+def data(
+    recipe: Annotated[str, typer.Argument(help="A recipe in YAML, such as configs/demo.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY.SUB=VALUE", help="Changes to the recipe.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
+    show: Annotated[int, typer.Option(min=0, help="Pairs to show as the model sees them.")] = 0,
+    output: Annotated[
+        Path | None, typer.Option(help="Also write all this as .html, or the histograms as .png.")
+    ] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Say what a recipe's data holds: kept, dropped and why, lengths, and pairs as the model sees them."""
+    _log_to(Console(stderr=True), logging.WARNING)
+    _quiet_bars_where_no_terminal()
+    from qorpo.data.inspect import as_dict, show_pairs
+    from qorpo.recipe import load_recipe
+    from qorpo.report.data import draw, save
+    from qorpo.training.data import chat_format_of, load_data
+
+    settings = load_recipe(recipe, overrides or [])
+    chat = chat_format_of(settings)
+    found = load_data(settings, chat)
+    learn_prompt = settings.objective.nll_tokens == "all"
+    shown = show_pairs(found.train.pairs, show, chat, learn_prompt=learn_prompt)
+    if output is not None:
+        save(output, found, shown)
+    if as_json:
+        typer.echo(json.dumps(as_dict(found, shown)))
+    else:
+        Console().print(draw(found, shown))
 
 
 @app.command()
@@ -94,13 +127,10 @@ def merge(
     """Merge a run's adapter into its base, tensor by tensor, and verify the result."""
     console = Console(stderr=True)
     _log_to(console)
-    from transformers.utils.logging import disable_progress_bar
-
+    _quiet_bars_where_no_terminal()
     from qorpo.merging.merge import merge as run
     from qorpo.merging.progress import bytes_written
 
-    if not console.is_terminal:
-        disable_progress_bar()
     try:
         with bytes_written(console) as progress:
             result = run(
@@ -132,10 +162,21 @@ def main() -> None:
         sys.exit(2)
 
 
-def _log_to(console: Console) -> None:
+def _log_to(console: Console, level: int = logging.INFO) -> None:
     """qorpo's log lines to the console: above the bar on a terminal, unwrapped elsewhere."""
     handler: logging.Handler = logging.StreamHandler(console.file)
     if console.is_terminal:
         handler = RichHandler(console=console, show_time=False, show_path=False, show_level=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
-    logging.getLogger("qorpo").setLevel(logging.INFO)
+    logging.getLogger("qorpo").setLevel(level)
+
+
+def _quiet_bars_where_no_terminal() -> None:
+    """The libraries' bars redraw their line, which is noise in a file."""
+    if sys.stderr.isatty():
+        return
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()

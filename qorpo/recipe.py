@@ -65,7 +65,7 @@ def _text(value: Any) -> Any:
 
 
 def _list(value: Any) -> Any:
-    return [value] if isinstance(value, str | os.PathLike) else value
+    return [value] if isinstance(value, str | os.PathLike | dict) else value
 
 
 Auto = Literal["auto"]
@@ -88,15 +88,17 @@ Text = Annotated[str, Field(min_length=1), BeforeValidator(_text), expects("text
 Texts = Annotated[tuple[Text, ...], Field(min_length=1), BeforeValidator(_list)]
 Names = Annotated[tuple[Text, ...], BeforeValidator(_list), expects("a list of module names")]
 Targets = Annotated[Literal["all-linear"] | Texts, expects("all-linear, or a list of module names")]
-Sources = Annotated[Texts, expects("a file, a list of files, or demo")]
-EvalSources = Annotated[
-    Fraction | Texts | None,
-    expects("a file, a list of files, demo:eval, a fraction of train between 0 and 1, or null"),
+Columns = Annotated[
+    dict[Text, Text], expects("names of qorpo's and the records' own, such as {prompt: query}")
 ]
 
 Quantization = Literal["nf4", "none", "auto"]
 Attention = Literal["auto", "flash", "varlen", "sdpa", "dense", "unshared"]
 OnBadRecord = Literal["fail", "skip"]
+Shape = Literal["chosen-rejected", "two-outputs", "scored", "ranked"]
+RankedPairs = Literal["best-worst", "adjacent", "all"]
+LongPrompts = Literal["drop", "keep_end"]
+LongResponses = Literal["cut", "drop"]
 NllTokens = Literal["response", "all"]
 NllAverage = Literal["sequence", "token"]
 Schedule = Literal["cosine", "linear", "inverse_sqrt", "constant"]
@@ -140,15 +142,45 @@ class LoraRecipe(_Keys):
     modules_to_save: Names = key((), "Modules to train whole and save too, such as embed_tokens.")
 
 
+class SourceRecipe(_Keys):
+    """A source of pairs with more to it than its path."""
+
+    path: Text
+    config: Text | None = None
+    split: Text | None = None
+    revision: Text | None = None
+    weight: Positive = 1.0
+    shape: Shape | None = None
+    columns: Columns = {}
+
+
+Sources = Annotated[tuple[Text | SourceRecipe, ...], Field(min_length=1), BeforeValidator(_list)]
+_SOURCE = "a file, a folder, a hub id, demo, or a list of these, each also with keys " + ", ".join(
+    SourceRecipe.model_fields
+)
+TrainSources = Annotated[Sources, expects(_SOURCE)]
+EvalSources = Annotated[
+    Fraction | Sources | None, expects(f"a fraction of train between 0 and 1, null, or {_SOURCE}")
+]
+
+
 class DataRecipe(_Keys):
-    train: Sources = key(..., "Preference pairs to train on: a file, a list of files, or demo.")
-    eval: EvalSources = key(
-        None, "Pairs to evaluate on: files, demo:eval, or a fraction of train; null: none."
+    train: TrainSources = key(
+        ..., "Preference pairs to train on: a file, folder, hub id, demo, or a list of these."
     )
-    max_length: Count = key(2048, "Most tokens in a prompt with one of its answers; longer answers are cut.")
-    max_prompt_length: Count = key(
-        1024, "Most tokens in a prompt, under max_length; pairs over it are dropped."
+    eval: EvalSources = key(None, "Pairs to evaluate on: the same, or a fraction of train; null: none.")
+    shape: Shape | None = key(None, "How records are laid out; null: told from their columns.")
+    columns: Columns = key({}, "Names of columns, qorpo's to the records' own: {prompt: query}.")
+    ranked_pairs: RankedPairs = key("best-worst", "Which of several ranked answers to a prompt make pairs.")
+    min_margin: NotNegative = key(
+        0.0, "Least difference of scores (or of a preference: 0 tie, 1 sure) to keep."
     )
+    max_length: Count = key(2048, "Most tokens in a prompt with one of its answers.")
+    max_prompt_length: Count = key(1024, "Most tokens in a prompt, under max_length.")
+    long_prompts: LongPrompts = key(
+        "drop", "A pair with a prompt over max_prompt_length: drop it, or keep_end."
+    )
+    long_responses: LongResponses = key("cut", "An answer over max_length: cut it, or drop the pair.")
     on_bad_record: OnBadRecord = key(
         "fail", "At a record that makes no sense: fail, or skip it and count it."
     )

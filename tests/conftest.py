@@ -1,8 +1,10 @@
 """A tiny random base model, a file of pairs and a recipe for both: what the tests of whole runs stand on."""
 
+import atexit
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,13 @@ from typing import Any
 # lose more to threads than they gain.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Tokens that one test leaves must not be another's.
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()
+os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
-import pytest
-from tiny import make_base, preference_records, short_recipe, write_records
+import pytest  # noqa: E402
+from tiny import make_base, preference_records, short_recipe, write_records  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -52,7 +52,9 @@ def workplace(tmp_path):
 
 
 def test_the_recipe_shown_loads_and_shows_only_defaults():
-    (text,) = blocks("yaml")
+    text, *fragments = blocks("yaml")
+    for fragment in fragments:
+        load_recipe({"model": {"path": "x"}, "output": "x", **yaml.safe_load(fragment)})
     shown = load_recipe(yaml.safe_load(text))
     settings = {
         key: value
@@ -63,6 +65,17 @@ def test_the_recipe_shown_loads_and_shows_only_defaults():
         {"model": {"path": "x"}, "data": {"train": "x"}, "output": "x"}
     ).values() if key in settings}  # fmt: skip
     assert set(settings) < set(FIELDS)
+
+
+def test_the_data_commands_run(workplace, command, monkeypatch):
+    monkeypatch.chdir(workplace)
+    lines = [line.split("#")[0].split() for block in blocks("bash") for line in block.splitlines()]
+    commands = [words[1:] for words in lines if words[:2] == ["qorpo", "data"]]
+    assert len(commands) == 3
+    for words in commands:
+        code, _, err = command(*words)
+        assert code == 0, err
+    assert (workplace / "data.html").exists()
 
 
 @pytest.mark.slow

@@ -62,8 +62,14 @@ def test_three_keys_make_a_recipe_and_the_rest_has_the_documented_defaults():
         "data": {
             "train": ["demo"],
             "eval": None,
+            "shape": None,
+            "columns": {},
+            "ranked_pairs": "best-worst",
+            "min_margin": 0.0,
             "max_length": 2048,
             "max_prompt_length": 1024,
+            "long_prompts": "drop",
+            "long_responses": "cut",
             "on_bad_record": "fail",
         },
         "objective": {"name": "orpo", "lambda": 0.1, "nll_tokens": "response", "nll_average": "sequence"},
@@ -207,7 +213,7 @@ train: {lerning_rate: 1e-4}
         "  model.path: missing; give the base model: a local folder, a hub id, or demo (qorpo's own tiny one)",
         "  model.quantization: got 'int8'; expected nf4, none or auto",
         "  lora.rank: got 'y'; expected a whole number of at least 1",
-        "  data.train: missing; give preference pairs to train on: a file, a list of files, or demo",
+        "  data.train: missing; give preference pairs to train on: a file, folder, hub id, demo, or a list of these",
         "  data: max_prompt_length (512) must be less than max_length (512); lower it or raise max_length",
         "  data.on_bad_record: got 'maybe'; expected fail or skip",
         "  train.log_every: got 0; expected a whole number of at least 1",
@@ -280,9 +286,9 @@ def test_an_unknown_key_near_nothing_comes_with_its_sections_keys():
         ("train.schedule=step", "got 'step'; expected cosine, linear, inverse_sqrt or constant"),
         ("train.report_to=", "got null; expected auto, [] for none, or a list of aim, clearml, comet_ml, dvclive, "
          "mlflow, swanlab, tensorboard, trackio, wandb"),
-        ("data.train=[]", "got []; expected a file, a list of files, or demo"),
-        ("data.train=7", "got 7; expected a file, a list of files, or demo"),
-        ("data.eval=1.0", "got 1.0; expected a file, a list of files, demo:eval, a fraction of train between 0 and 1, or null"),
+        ("data.train=[]", "got []; expected a file, a folder, a hub id, demo, or a list of these, each also with keys path, config, split, revision, weight, shape, columns"),
+        ("data.train=7", "got 7; expected a file, a folder, a hub id, demo, or a list of these, each also with keys path, config, split, revision, weight, shape, columns"),
+        ("data.eval=1.0", "got 1.0; expected a fraction of train between 0 and 1, null, or a file, a folder, a hub id, demo, or a list of these, each also with keys path, config, split, revision, weight, shape, columns"),
         ("model.path=''", "got ''; expected text (quote a number or a date)"),
         ("model.revision=2024-01-01", "got 2024-01-01; expected text (quote a number or a date)"),
         ("model.trust_remote_code=1", "got 1; expected true or false"),
@@ -526,3 +532,19 @@ def test_importing_the_recipe_takes_no_torch_and_little_time():
         times.append(time.perf_counter() - start)
     assert not {"torch", "transformers", "accelerate", "peft", "bitsandbytes", "numpy"} & set(loaded.split())
     assert min(times) < 1.0, "a second before anything answers is felt"
+
+
+def test_a_source_may_say_more_than_its_path(tmp_path):
+    given = {"path": "org/pairs", "config": "clean", "weight": 0.5, "columns": {"prompt": "query"}}
+    recipe = load_recipe({**LEAST, "data": {"train": ["a.jsonl", given], "eval": given}})
+    assert recipe.data.train[0] == "a.jsonl"
+    assert (recipe.data.train[1].config, recipe.data.train[1].weight) == ("clean", 0.5)
+    assert recipe.data.eval[0].columns == {"prompt": "query"}
+    recipe.save(tmp_path / "r.yaml")
+    assert load_recipe(tmp_path / "r.yaml") == recipe
+    assert problems({**LEAST, "data": {"train": [{"path": "a", "wieght": 1}]}})[0].startswith(
+        "data.train: got"
+    )
+    assert problems({**LEAST, "data": {"train": [{"path": "a", "weight": 0}]}})[0].startswith(
+        "data.train: got"
+    )

@@ -1,11 +1,28 @@
-"""Which conversations make a preference pair, and how pairs are parted by prompt."""
+"""Which comparisons make a preference pair, what is worth a look in pairs, and how they are parted by prompt."""
 
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
-from qorpo.data.records import Conversation, DataReport, PairSet, PreferencePair, Unusable, turn_key
+from qorpo.data.records import Conversation, PreferencePair, Unusable
+from qorpo.data.shapes import Comparison, turn_key
 from qorpo.errors import DataError
+
+
+def judge(comparison: Comparison, source: str, min_margin: float = 0.0) -> PreferencePair:
+    """The pair of a comparison: the better conversation's answer is chosen.
+
+    Raises Unusable as make_pair does, and for a `tie`, or a `small_margin` below `min_margin`.
+    """
+    chosen, rejected, margin, basis = comparison
+    if margin is not None:
+        if basis == "vote" and margin < 0:
+            chosen, rejected, margin = rejected, chosen, -margin
+        if basis != "stated" and margin == 0:
+            raise Unusable("tie")
+        if min_margin and margin < min_margin:
+            raise Unusable("small_margin")
+    return make_pair(chosen, rejected, source)
 
 
 def make_pair(chosen: Conversation, rejected: Conversation, source: str) -> PreferencePair:
@@ -39,10 +56,54 @@ def make_pair(chosen: Conversation, rejected: Conversation, source: str) -> Pref
 _ROLE_LABEL = re.compile(r"(?:^|\s)(?:Human|Assistant):")
 
 
-def notes(pair: PreferencePair) -> list[str]:
-    """Why a kept pair is worth a look: `role_label_in_response`, a turn of a transcript may have been missed."""
-    labelled = any(_ROLE_LABEL.search(text) for text in (pair.chosen, pair.rejected))
-    return ["role_label_in_response"] if labelled else []
+def notes(pair: PreferencePair, margin: float | None = None) -> list[str]:
+    """Why a kept pair is worth a look.
+
+    role_label_in_response  a turn of a transcript may have been missed
+    replacement_character   U+FFFD: the text lost characters when it was decoded
+    nul_character           U+0000: the remains of a broken file
+    scores_disagree         the record's scores call the rejected answer better
+    """
+    texts = [*(turn["content"] for turn in pair.prompt), pair.chosen, pair.rejected]
+    found = {
+        "role_label_in_response": any(_has_role_label(text) for text in texts[-2:]),
+        "replacement_character": any("\ufffd" in text for text in texts),
+        "nul_character": any("\0" in text for text in texts),
+        "scores_disagree": margin is not None and margin < 0,
+    }
+    return [name for name, is_so in found.items() if is_so]
+
+
+def _has_role_label(text: str) -> bool:
+    # Looking for the words first is many times faster than the pattern on its own.
+    return ("Human:" in text or "Assistant:" in text) and _ROLE_LABEL.search(text) is not None
+
+
+class Repeats:
+    """Finds, pair after pair, what repeats over a whole set; holds digests, no texts."""
+
+    def __init__(self) -> None:
+        self._pairs: set[bytes] = set()
+        self._sides: dict[bytes, set[str]] = {}
+
+    def notes(self, pair: PreferencePair) -> list[str]:
+        """`duplicate`: the same prompt and answers came before. `contradiction`: for this prompt an answer was
+        chosen here and rejected before, or the other way round."""
+        prompt = digest(prompt_key(pair.prompt))
+        answers = {"chosen": pair.chosen.strip(), "rejected": pair.rejected.strip()}
+        whole = digest((prompt, *answers.values()))
+        is_duplicate = whole in self._pairs
+        self._pairs.add(whole)
+        contradicts = False
+        for side, text in answers.items():
+            sides = self._sides.setdefault(digest((prompt, text)), set())
+            contradicts |= bool(sides - {side})
+            sides.add(side)
+        return ["duplicate"] * is_duplicate + ["contradiction"] * (contradicts and not is_duplicate)
+
+
+def digest(key: Hashable) -> bytes:
+    return hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
 
 
 def prompt_key(prompt: Iterable) -> tuple[tuple[str, str], ...]:
@@ -50,53 +111,35 @@ def prompt_key(prompt: Iterable) -> tuple[tuple[str, str], ...]:
     return tuple(turn_key(message) for message in prompt)
 
 
-def split_by_prompt(pairs: Sequence[PreferencePair], fraction: float, seed: int) -> tuple[PairSet, PairSet]:
-    """Part pairs into (train, eval) so that no prompt is on both sides and eval holds about `fraction` of the pairs.
+def hold_out(prompts: Sequence[bytes], fraction: float, seed: int) -> list[bool]:
+    """Which pairs to hold out, given each one's prompt as a digest: about `fraction` of the pairs, prompts whole.
 
-    The same pairs and seed always give the same split, in whatever order the pairs come; each side keeps their
-    order. Each side's report counts the side's own pairs, and names the sources.
+    The same prompts and seed always give the same answer, in whatever order the pairs come.
     Raises DataError if fraction is not between 0 and 1, or fewer than two prompts leave a side empty.
     """
     if not 0 < fraction < 1:
         raise DataError(
             f"data.eval: {fraction} is no fraction of train; give a number between 0 and 1, such as 0.05"
         )
-    keys = [prompt_key(pair.prompt) for pair in pairs]
-    sizes: dict[tuple, int] = {}
-    for key in keys:
-        sizes[key] = sizes.get(key, 0) + 1
+    sizes: dict[bytes, int] = {}
+    for prompt in prompts:
+        sizes[prompt] = sizes.get(prompt, 0) + 1
     if len(sizes) < 2:
         raise DataError(
-            f"data.eval: {fraction} of train can't be split off by prompt: {len(pairs):,} pairs share "
+            f"data.eval: {fraction} of train can't be split off by prompt: {len(prompts):,} pairs share "
             f"{len(sizes)} prompt; give data.eval a file of its own, or set it to null"
         )
-
-    def draw(key: tuple) -> bytes:
-        return hashlib.sha256(repr((seed, key)).encode()).digest()
-
-    drawn = sorted(sizes, key=draw)
-    wanted, count = fraction * len(pairs), 0
+    drawn = sorted(sizes, key=lambda prompt: digest((seed, prompt)))
+    wanted, count = fraction * len(prompts), 0
     held_out = set()
-    for key in drawn:
-        if abs(count + sizes[key] - wanted) < abs(count - wanted):
-            held_out.add(key)
-            count += sizes[key]
+    for prompt in drawn:
+        if abs(count + sizes[prompt] - wanted) < abs(count - wanted):
+            held_out.add(prompt)
+            count += sizes[prompt]
     # A fraction that rounds to nothing, or to everything, still leaves each side its smallest prompt.
     smallest = min(drawn, key=sizes.__getitem__)
     if not held_out:
         held_out.add(smallest)
     elif len(held_out) == len(sizes):
         held_out.remove(smallest)
-
-    sources = pairs.report.sources if isinstance(pairs, PairSet) else []
-
-    def side(is_eval: bool) -> PairSet:
-        kept = [pair for pair, key in zip(pairs, keys, strict=True) if (key in held_out) == is_eval]
-        return PairSet(kept, DataReport(kept=len(kept), sources=[dict(source) for source in sources]))
-
-    return side(False), side(True)
-
-
-def leaked_prompts(train: Iterable[PreferencePair], eval: Iterable[PreferencePair]) -> int:
-    """The number of distinct eval prompts that occur in train as well."""
-    return len({prompt_key(pair.prompt) for pair in train} & {prompt_key(pair.prompt) for pair in eval})
+    return [prompt in held_out for prompt in prompts]

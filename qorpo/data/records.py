@@ -1,11 +1,6 @@
-"""A preference record made sense of: whatever its shape, two conversations that end in the assistant's turn.
+"""What data is before it is tokens: conversations, preference pairs, and the report of what became of the records."""
 
-A shape is the columns it needs and one reader. `SHAPES` is the table of them, most columns first; a new shape is
-a new row. What the two conversations are worth as a pair is judged in filters.py.
-"""
-
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypedDict, overload
 
@@ -61,15 +56,16 @@ class DataReport:
     """What became of the records read; `read == kept + sum(dropped.values())` always.
 
     `dropped` and `noted` (kept at reading, but worth a look) count by reason; `examples` holds the first three
-    places of each reason. `sources` are {"path", "sha256"} of the files. Tokenizing adds `cut`, the responses cut
-    to the length limit by side, and `tokens`, {"total", "mean", "max"} of prompt, chosen and rejected.
+    places of each reason. `sources` are {"path", "sha256", "kept"} of the files. A record that makes several pairs
+    counts once for each, and so does a pair for each time its source's weight has it. Tokenizing adds, for prompt,
+    chosen and rejected, `cut`, how many were cut to the length limits, and `tokens`, {"total", "mean", "max"}.
     """
 
     kept: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
     noted: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
-    sources: list[dict[str, str]] = field(default_factory=list)
+    sources: list[dict[str, Any]] = field(default_factory=list)
     cut: dict[str, int] = field(default_factory=dict)
     tokens: dict[str, dict[str, float]] = field(default_factory=dict)
 
@@ -99,6 +95,10 @@ class DataReport:
         """The report as plain JSON values."""
         return {"read": self.read, **asdict(self)}
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "DataReport":
+        return cls(**{name: value for name, value in values.items() if name != "read"})
+
 
 class PairSet(Sequence[PreferencePair]):
     """Preference pairs, list-like, with the `report` of the records they came from."""
@@ -121,146 +121,3 @@ class PairSet(Sequence[PreferencePair]):
 
     def __repr__(self) -> str:
         return f"PairSet({len(self)} pairs; {self.report.summary()})"
-
-
-def read_conversations(record: object) -> tuple[Conversation, Conversation]:
-    """The chosen and the rejected conversation of a record, read by the first shape whose columns it has.
-
-    A column that is null counts as absent. Raises BadRecord if no shape can read it, and Unusable if its own
-    columns contradict each other.
-    """
-    if not isinstance(record, dict):
-        raise BadRecord("not_object", f"{_shown(record)} is no record; expected an object with {_expected()}")
-    columns = {name: value for name, value in record.items() if value is not None}
-    for shape in SHAPES:
-        if shape.columns <= columns.keys():
-            return shape.read(columns)
-    missing = min((shape.columns - columns.keys() for shape in SHAPES), key=len)
-    found = ", ".join(repr(name) + ("" if name in columns else " (null)") for name in record) or "none"
-    raise BadRecord(
-        "missing_column",
-        f"no column {', '.join(map(repr, sorted(missing)))}; found {found}; expected {_expected()}",
-        "rename the column",
-    )
-
-
-def _with_prompt(columns: Mapping[str, Any]) -> tuple[Conversation, Conversation]:
-    """prompt (text or messages), and on each side text, one assistant message, or the whole conversation again."""
-    value = columns["prompt"]
-    prompt = (_message("user", value),) if isinstance(value, str) else _messages("prompt", value)
-
-    def conversation(side: str) -> Conversation:
-        value = columns[side]
-        turns = (_message("assistant", value),) if isinstance(value, str) else _messages(side, value)
-        if len(turns) == 1:
-            return prompt + turns
-        if not _holds(turns, prompt):
-            raise Unusable("different_prompts")
-        return turns
-
-    return conversation("chosen"), conversation("rejected")
-
-
-def _without_prompt(columns: Mapping[str, Any]) -> tuple[Conversation, Conversation]:
-    """Two whole conversations, each as messages or as an HH-RLHF transcript."""
-
-    def conversation(side: str) -> Conversation:
-        value = columns[side]
-        return _transcript(side, value) if isinstance(value, str) else _messages(side, value)
-
-    return conversation("chosen"), conversation("rejected")
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """A way records come: the columns that tell it, its reader, and its name in messages."""
-
-    columns: frozenset[str]
-    read: Callable[[Mapping[str, Any]], tuple[Conversation, Conversation]]
-    name: str
-
-
-SHAPES = (
-    Shape(frozenset({"prompt", "chosen", "rejected"}), _with_prompt, "prompt/chosen/rejected"),
-    Shape(
-        frozenset({"chosen", "rejected"}),
-        _without_prompt,
-        "chosen/rejected message lists, or HH-RLHF transcripts",
-    ),
-)
-
-
-def turn_key(message: Message) -> tuple[str, str]:
-    """What makes two turns the same: role and text, whatever whitespace surrounds it."""
-    return message["role"], message["content"].strip()
-
-
-def _holds(turns: Conversation, part: Conversation) -> bool:
-    keys, wanted = [turn_key(turn) for turn in turns], [turn_key(turn) for turn in part]
-    return any(keys[start : start + len(wanted)] == wanted for start in range(len(keys)))
-
-
-def _messages(column: str, value: object) -> Conversation:
-    if not isinstance(value, list) or not value:
-        raise BadRecord("wrong_type", f"{column!r} is {_shown(value)}; expected text or a list of messages")
-    for index, item in enumerate(value):
-        texts = isinstance(item, dict) and all(isinstance(item.get(key), str) for key in ("role", "content"))
-        if not texts:
-            raise BadRecord(
-                "wrong_type",
-                f"{column}[{index}] is {_shown(item)}; expected an object with the texts 'role' and 'content'",
-            )
-        if item["role"] not in ROLES:
-            found = f"{column}[{index}] has role {item['role']!r}"
-            raise BadRecord("unknown_role", f"{found}; expected {', '.join(ROLES)}")
-    return tuple(_message(item["role"], item["content"]) for item in value)
-
-
-def _message(role: str, content: str) -> Message:
-    try:
-        content.encode()
-    except UnicodeEncodeError as error:
-        # JSON can spell half of a surrogate pair ("\ud83d"); no tokenizer takes it.
-        half = f"U+{ord(content[error.start]):04X}"
-        raise BadRecord("not_utf8", f"the text holds {half}, half of a surrogate pair", "remove it") from None
-    return {"role": role, "content": content}
-
-
-_LABEL = re.compile(r"\n\n(Human|Assistant):")
-_LABEL_ROLES = {"Human": "user", "Assistant": "assistant"}
-
-
-def _transcript(column: str, text: str) -> Conversation:
-    """The turns of "\\n\\nHuman: …\\n\\nAssistant: …", as Anthropic's HH-RLHF writes them, each stripped."""
-    before, *parts = _LABEL.split("\n\n" + text.lstrip("\n"))
-    if before.strip() or not parts:
-        raise BadRecord(
-            "missing_column",
-            f"no column 'prompt', and {column!r} is no HH-RLHF transcript but {_shown(text)}; "
-            f"expected {_expected()}",
-            "add the prompts",
-        )
-    turns = zip(parts[::2], parts[1::2], strict=True)
-    return tuple(_message(_LABEL_ROLES[label], content.strip()) for label, content in turns)
-
-
-def _expected() -> str:
-    return ", or ".join(shape.name for shape in SHAPES)
-
-
-_KINDS = {
-    bool: "a boolean",
-    int: "a number",
-    float: "a number",
-    str: "text",
-    list: "a list",
-    dict: "an object",
-}
-
-
-def _shown(value: object) -> str:
-    """The value's kind and its beginning, for a message."""
-    if value is None:
-        return "null"
-    kind, text = _KINDS.get(type(value), type(value).__name__), repr(value)
-    return f"{kind} ({text if len(text) <= 60 else text[:57] + '...'})"

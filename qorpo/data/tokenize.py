@@ -8,7 +8,7 @@ import copy
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from jinja2 import TemplateError
 
@@ -38,6 +38,7 @@ class TokenizedPair:
     chosen_ids: tuple[int, ...]
     rejected_ids: tuple[int, ...]
     source: str
+    prompt_cut: bool = False
     chosen_cut: bool = False
     rejected_cut: bool = False
 
@@ -45,8 +46,30 @@ class TokenizedPair:
 class Tokenized(NamedTuple):
     """Pairs ready to train on, and what became of the records they came from."""
 
-    pairs: list[TokenizedPair]
+    pairs: Sequence[TokenizedPair]
     report: DataReport
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The most tokens, and what becomes of longer texts.
+
+    A prompt over `max_prompt_length` drops its pair, or keeps its end ("keep_end", behind a BOS that opens it); a
+    response with which the whole is over `max_length` is cut, or drops its pair.
+    Raises DataError where max_prompt_length is not below max_length.
+    """
+
+    max_length: int
+    max_prompt_length: int
+    long_prompts: Literal["drop", "keep_end"] = "drop"
+    long_responses: Literal["cut", "drop"] = "cut"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.max_prompt_length < self.max_length:
+            raise DataError(
+                f"data.max_prompt_length ({self.max_prompt_length}) must be at least 1 and below "
+                f"data.max_length ({self.max_length})"
+            )
 
 
 class Texts(NamedTuple):
@@ -213,74 +236,98 @@ class ChatFormat:
 _MEND = "mend it, or give another in model.chat_template"
 
 
-def tokenize_pairs(
-    pairs: Sequence[PreferencePair], chat_format: ChatFormat, *, max_length: int, max_prompt_length: int
-) -> Tokenized:
-    """The pairs as tokens, and a PairSet's report carried on (in a copy), or a new one for other sequences.
+def tokenize_pairs(pairs: Sequence[PreferencePair], chat_format: ChatFormat, limits: Limits) -> Tokenized:
+    """The pairs as tokens, in memory, and a PairSet's report carried on (in a copy), or a new one for other sequences.
 
-    A prompt over max_prompt_length tokens drops its pair (`prompt_too_long`); a response is cut so that prompt and
-    response have at most max_length tokens. Dropped as well: what ChatFormat.texts refuses, `empty` answers without
-    a token, `same` or `same_after_cut` answers of equal tokens, and `special_token_in_response`, an answer with the
-    stop token inside. Raises DataError if max_prompt_length is not below max_length, or no pair is left.
+    Dropped is what tokenize_batch finds unusable. Raises DataError if no pair is left.
     """
-    if not 0 < max_prompt_length < max_length:
-        raise DataError(
-            f"data.max_prompt_length ({max_prompt_length}) must be at least 1 and below data.max_length ({max_length})"
-        )
     report = copy.deepcopy(pairs.report) if isinstance(pairs, PairSet) else DataReport()
-    report.kept = 0
     kept: list[TokenizedPair] = []
     for start in range(0, len(pairs), PAIRS_PER_BATCH):
-        written = []
-        for pair in pairs[start : start + PAIRS_PER_BATCH]:
-            try:
-                written.append((pair, chat_format.texts(pair)))
-            except Unusable as refusal:
-                report.drop(refusal.reason, pair.source)
-        encoded = chat_format.encode([texts for _, texts in written])
-        for (pair, _), ids in zip(written, encoded, strict=True):
-            try:
-                kept.append(_fit(pair.source, ids, chat_format.stop_token_id, max_length, max_prompt_length))
-            except Unusable as refusal:
-                report.drop(refusal.reason, pair.source)
-    report.kept = len(kept)
-    if not kept:
+        batch = pairs[start : start + PAIRS_PER_BATCH]
+        for pair, result in zip(batch, tokenize_batch(batch, chat_format, limits), strict=True):
+            if isinstance(result, Unusable):
+                report.drop(result.reason, pair.source)
+            else:
+                kept.append(result)
+    lengths = [[len(p.prompt_ids), len(p.chosen_ids), len(p.rejected_ids)] for p in kept]
+    cuts = [[p.prompt_cut, p.chosen_cut, p.rejected_cut] for p in kept]
+    return Tokenized(kept, tokens_report(report, lengths, cuts))
+
+
+def tokens_report(
+    report: DataReport, lengths: Sequence[Sequence[int]], cuts: Sequence[Sequence[bool]]
+) -> DataReport:
+    """The report with what tokenizing adds: (P, 3) lengths, and whether they were cut, of prompt, chosen, rejected."""
+    report.kept = len(lengths)
+    if not report.kept:
         raise DataError(
             f"0 usable pairs left as tokens: {report.summary()}; "
             "look at data.max_prompt_length, data.max_length and model.chat_template"
         )
-    report.cut = {"chosen": sum(p.chosen_cut for p in kept), "rejected": sum(p.rejected_cut for p in kept)}
-    report.tokens = {
-        "prompt": _totals([len(p.prompt_ids) for p in kept]),
-        "chosen": _totals([len(p.chosen_ids) for p in kept]),
-        "rejected": _totals([len(p.rejected_ids) for p in kept]),
-    }
-    return Tokenized(kept, report)
+    columns = zip(zip(*lengths, strict=True), zip(*cuts, strict=True), strict=True)
+    for side, (counts, were_cut) in zip(("prompt", "chosen", "rejected"), columns, strict=True):
+        report.cut[side] = sum(were_cut)
+        report.tokens[side] = {
+            "total": sum(counts), "mean": round(sum(counts) / len(counts), 1), "max": max(counts)
+        }  # fmt: skip
+    return report
 
 
-def _fit(
-    source: str, ids: Sequence[list[int]], stop: int, max_length: int, max_prompt_length: int
-) -> TokenizedPair:
-    """The pair cut to its lengths; raises Unusable."""
+def tokenize_batch(
+    pairs: Sequence[PreferencePair], chat_format: ChatFormat, limits: Limits
+) -> list[TokenizedPair | Unusable]:
+    """Each pair as tokens, or why it is unusable: what ChatFormat.texts refuses, and
+
+    prompt_too_long, response_too_long  as the limits say
+    empty           an answer without a token
+    same, same_after_cut                answers of equal tokens
+    special_token_in_response           an answer with the stop token inside
+    """
+    written: list[Texts | Unusable] = []
+    for pair in pairs:
+        try:
+            written.append(chat_format.texts(pair))
+        except Unusable as refusal:
+            written.append(refusal)
+    encoded = iter(chat_format.encode([texts for texts in written if isinstance(texts, Texts)]))
+    results: list[TokenizedPair | Unusable] = []
+    for pair, texts in zip(pairs, written, strict=True):
+        try:
+            results.append(
+                texts
+                if isinstance(texts, Unusable)
+                else _fit(pair.source, next(encoded), chat_format, limits)
+            )
+        except Unusable as refusal:
+            results.append(refusal)
+    return results
+
+
+def _fit(source: str, ids: Sequence[list[int]], chat_format: ChatFormat, limits: Limits) -> TokenizedPair:
+    """The pair cut to its limits; raises Unusable."""
     prompt, *responses = ids
-    if len(prompt) > max_prompt_length:
-        raise Unusable("prompt_too_long")
+    stop = chat_format.stop_token_id
+    prompt_cut = len(prompt) > limits.max_prompt_length
+    if prompt_cut:
+        if limits.long_prompts == "drop":
+            raise Unusable("prompt_too_long")
+        bos = prompt[:1] if prompt[0] == chat_format.tokenizer.bos_token_id else []
+        prompt = bos + prompt[len(prompt) - limits.max_prompt_length + len(bos) :]
     if not prompt:  # nothing would predict the response's first token
         raise Unusable("empty_prompt")
     if not all(responses):
         raise Unusable("empty")
     if any(stop in response for response in responses):
         raise Unusable("special_token_in_response")
-    room = max_length - len(prompt)
+    room = limits.max_length - len(prompt)
     chosen_cut, rejected_cut = (len(response) + 1 > room for response in responses)
+    if limits.long_responses == "drop" and (chosen_cut or rejected_cut):
+        raise Unusable("response_too_long")
     chosen, rejected = (tuple([*response, stop][:room]) for response in responses)
     if chosen == rejected:
         raise Unusable("same_after_cut" if chosen_cut or rejected_cut else "same")
-    return TokenizedPair(tuple(prompt), chosen, rejected, source, chosen_cut, rejected_cut)
-
-
-def _totals(lengths: list[int]) -> dict[str, float]:
-    return {"total": sum(lengths), "mean": round(sum(lengths) / len(lengths), 1), "max": max(lengths)}
+    return TokenizedPair(tuple(prompt), chosen, rejected, source, prompt_cut, chosen_cut, rejected_cut)
 
 
 def _adds_bos(tokenizer: Any) -> bool:

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
-from qorpo.data.filters import split_by_prompt
 from qorpo.data.pack import pack_pairs, split_by_budget
 from qorpo.data.sources import load_pairs
 from qorpo.data.tokenize import ChatFormat, TokenizedPair, tokenize_pairs
@@ -26,6 +25,7 @@ from qorpo.model.load import load_model, load_tokenizer
 from qorpo.model.scoring import PairScorer, logit_scale, logit_softcap
 from qorpo.model.selfcheck import make_scorer
 from qorpo.recipe import DataRecipe, ObjectiveRecipe, Recipe
+from qorpo.training.data import limits_of, load_data
 from qorpo.training.step import StepTotals, pair_losses
 
 ROW_TOKENS = 2048
@@ -102,20 +102,15 @@ def evaluation_pairs(
     Raises:
         DataError: where they can't be read.
     """
-    keys = recipe.data if recipe else DataRecipe(train=("unread",))
-    if source is not None:
-        pairs = load_pairs(source)
-    elif recipe is None or keys.eval is None:
-        return []
-    elif isinstance(keys.eval, float):
-        whole = load_pairs(keys.train, on_bad_record=keys.on_bad_record)
-        pairs = split_by_prompt(whole, keys.eval, recipe.train.seed)[1]
-    else:
-        pairs = load_pairs(keys.eval, on_bad_record=keys.on_bad_record)
     remote_code = recipe.model.trust_remote_code if recipe else False
     chat = ChatFormat(load_tokenizer(tokenizer_folder, trust_remote_code=remote_code))
-    limits = {"max_length": keys.max_length, "max_prompt_length": keys.max_prompt_length}
-    return tokenize_pairs(pairs, chat, **limits).pairs
+    if source is not None:
+        keys = recipe.data if recipe else DataRecipe(train=("none",))
+        return list(tokenize_pairs(load_pairs(source), chat, limits_of(keys)).pairs)
+    if recipe is None or recipe.data.eval is None:
+        return []
+    found = load_data(recipe, chat).eval
+    return list(found.pairs) if found else []
 
 
 def memory_needed(parameters: int, vocabulary: int, hidden: int, pairs: Sequence[TokenizedPair]) -> int:

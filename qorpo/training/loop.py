@@ -15,6 +15,7 @@ from accelerate.utils import ProjectConfiguration
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from qorpo.data.prepare import largest_token_id
 from qorpo.data.records import PreferencePair
 from qorpo.data.tokenize import ChatFormat, Tokenized, TokenizedPair, tokenize_pairs
 from qorpo.errors import ModelError, RunError
@@ -24,6 +25,7 @@ from qorpo.model.recompute import checkpoint_layers
 from qorpo.model.selfcheck import make_scorer
 from qorpo.recipe import DataRecipe, Recipe, resolve
 from qorpo.training.checkpoint import TrainState, load_adapter, load_checkpoint, save_adapter, save_checkpoint
+from qorpo.training.data import limits_of
 from qorpo.training.optim import make_optimizer, make_schedule
 from qorpo.training.progress import Progress
 from qorpo.training.run_folder import RunFolder
@@ -65,8 +67,9 @@ class Trainer:
 
         self.chat = ChatFormat(tokenizer, read_chat_template(recipe.model.chat_template))
         self.train_pairs = _tokenized(train_pairs, self.chat, recipe.data)
-        self.eval_pairs = [] if eval_pairs is None else _tokenized(eval_pairs, self.chat, recipe.data)
-        _check_vocabulary(model, tokenizer, [*self.train_pairs, *self.eval_pairs])
+        self.eval_pairs = [] if eval_pairs is None else list(_tokenized(eval_pairs, self.chat, recipe.data))
+        for pairs in (self.train_pairs, self.eval_pairs):
+            _check_vocabulary(model, tokenizer, pairs)
 
         self.accelerator = Accelerator(
             cpu=model.device.type == "cpu",
@@ -350,15 +353,14 @@ def _flat(nested: dict[str, Any]) -> dict[str, Any]:
 
 def _tokenized(
     pairs: Sequence[PreferencePair] | Tokenized, chat: ChatFormat, recipe: DataRecipe
-) -> list[TokenizedPair]:
-    if isinstance(pairs, Tokenized):
-        return pairs.pairs
-    limits = {"max_length": recipe.max_length, "max_prompt_length": recipe.max_prompt_length}
-    return tokenize_pairs(pairs, chat, **limits).pairs
+) -> Sequence[TokenizedPair]:
+    return (
+        pairs.pairs if isinstance(pairs, Tokenized) else tokenize_pairs(pairs, chat, limits_of(recipe)).pairs
+    )
 
 
 def _check_vocabulary(model: Any, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[TokenizedPair]) -> None:
-    largest = max(max(max(pair.prompt_ids), max(pair.chosen_ids), max(pair.rejected_ids)) for pair in pairs)
+    largest = largest_token_id(pairs)
     rows = model.get_input_embeddings().weight.shape[0]
     if largest >= rows:
         raise ModelError(

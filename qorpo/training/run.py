@@ -14,15 +14,12 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import PreTrainedTokenizerBase
 
-from qorpo.data.filters import leaked_prompts, split_by_prompt
-from qorpo.data.records import DataReport, PairSet
-from qorpo.data.sources import load_pairs
-from qorpo.data.tokenize import ChatFormat, Tokenized, tokenize_pairs
+from qorpo.data.prepare import PreparedData
 from qorpo.errors import RunError
-from qorpo.model.load import load_model, load_tokenizer, read_chat_template
+from qorpo.model.load import load_model
 from qorpo.recipe import Recipe, load_recipe, resolve
+from qorpo.training.data import chat_format_of, load_data
 from qorpo.training.loop import Trainer
 from qorpo.training.progress import Progress
 from qorpo.training.run_folder import RunFolder
@@ -87,10 +84,8 @@ def train(
     device = PartialState().device
     recipe = resolve(recipe, device_type=device.type)
 
-    tokenizer = load_tokenizer(
-        recipe.model.path, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code
-    )
-    data = load_data(recipe, tokenizer)
+    chat = chat_format_of(recipe)
+    data = load_data(recipe, chat)
     if resume:
         check_same_data(folder, data)
     model = load_model(
@@ -101,7 +96,7 @@ def train(
         trust_remote_code=recipe.model.trust_remote_code,
         allow_pickle=recipe.model.allow_pickle,
     )
-    trainer = Trainer(model, tokenizer, recipe, data.train, data.eval, progress=progress)
+    trainer = Trainer(model, chat.tokenizer, recipe, data.train, data.eval, progress=progress)
     if not resume:
         write_down(folder, trainer.recipe, model, data)
     metrics = trainer.train(resume=resume)
@@ -128,59 +123,7 @@ def merge_saved(saved: Recipe, given: Recipe) -> Recipe:
     return given
 
 
-@dataclass(frozen=True, slots=True)
-class RunData:
-    """A run's pairs as tokens, and the report of the whole they were split from, where they were."""
-
-    train: Tokenized
-    eval: Tokenized | None
-    whole: DataReport | None
-    leaked_prompts: int
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "train": self.train.report.as_dict(),
-            "eval": self.eval and self.eval.report.as_dict(),
-            "split_from": self.whole and self.whole.as_dict(),
-            "eval_prompts_in_train": self.leaked_prompts,
-        }
-
-
-def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RunData:
-    """Read, filter, split and tokenize the recipe's pairs, logging what was dropped."""
-    keys = recipe.data
-    chat = ChatFormat(tokenizer, read_chat_template(recipe.model.chat_template))
-    pairs: PairSet = load_pairs(keys.train, on_bad_record=keys.on_bad_record)
-    whole, eval_pairs = None, None
-    if isinstance(keys.eval, float):
-        whole = pairs.report
-        logger.info("data: %s", whole.summary())
-        pairs, eval_pairs = split_by_prompt(pairs, keys.eval, recipe.train.seed)
-    elif keys.eval is not None:
-        eval_pairs = load_pairs(keys.eval, on_bad_record=keys.on_bad_record)
-    leaked = leaked_prompts(pairs, eval_pairs) if eval_pairs is not None else 0
-    if leaked:
-        logger.warning("data: %d evaluation prompts occur in training too; its figures will flatter", leaked)
-
-    def tokens(pairs: PairSet, name: str) -> Tokenized:
-        limits = {"max_length": keys.max_length, "max_prompt_length": keys.max_prompt_length}
-        tokenized = tokenize_pairs(pairs, chat, **limits)
-        report = tokenized.report
-        logger.info(
-            "data: %s: %s, kept %d; cut to length: %s", name, report.summary(), report.kept, _cut(report)
-        )
-        return tokenized
-
-    return RunData(
-        tokens(pairs, "train"), tokens(eval_pairs, "eval") if eval_pairs is not None else None, whole, leaked
-    )
-
-
-def _cut(report: DataReport) -> str:
-    return ", ".join(f"{count} {side}" for side, count in report.cut.items())
-
-
-def check_same_data(folder: RunFolder, data: RunData) -> None:
+def check_same_data(folder: RunFolder, data: PreparedData) -> None:
     """Raises RunError where the files are not those that the run began with: steps would repeat or miss pairs."""
     saved = json.loads((folder.path / "data.json").read_text(encoding="utf-8"))
     for name, now in data.as_dict().items():
@@ -194,7 +137,7 @@ def _hashes(report: dict[str, Any]) -> list[str]:
     return [source["sha256"] for source in report["sources"]]
 
 
-def write_down(folder: RunFolder, recipe: Recipe, model: Any, data: RunData) -> None:
+def write_down(folder: RunFolder, recipe: Recipe, model: Any, data: PreparedData) -> None:
     """What explains the run, before its first step; the recipe last, since it marks the folder as a run's."""
     folder.write_json("data.json", data.as_dict())
     folder.write_json("environment.json", environment(model))

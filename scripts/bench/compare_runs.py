@@ -17,11 +17,11 @@ from peft import PeftModel
 
 from qorpo.data.pack import pack_pairs
 from qorpo.data.tokenize import TokenizedPair
-from qorpo.model.load import load_model, load_tokenizer
+from qorpo.model.load import load_model
 from qorpo.model.scoring import PairScorer
 from qorpo.model.selfcheck import make_scorer
 from qorpo.recipe import load_recipe
-from qorpo.training.run import load_data
+from qorpo.training.data import chat_format_of, load_data
 from qorpo.training.step import StepTotals, pair_losses
 
 METRICS = ("nll", "log_odds_ratio", "rewards/accuracies", "chosen_logps", "rejected_logps")
@@ -36,7 +36,7 @@ def main() -> None:
     args = parser.parse_args()
 
     recipe = load_recipe(args.run_a / "recipe.yaml")
-    pairs = load_data(recipe, load_tokenizer(recipe.model.path)).eval.pairs
+    pairs = load_data(recipe, chat_format_of(recipe)).eval.pairs
     model = load_model(recipe.model.path, quantization=recipe.model.quantization)
     model = PeftModel.from_pretrained(model, args.run_a / "adapter", adapter_name="a")
     model.load_adapter(args.run_b / "adapter", adapter_name="b")

@@ -16,8 +16,7 @@ Mixes:
                 same fraction of its words, so that prompt, chosen and rejected have `--mean-tokens` on average;
                 lengths keep the spread of real conversations. A system turn is left out.
 
-ShareGPT records (conversations of {from, value}, chosen, rejected, as LLaMA-Factory's dpo_en_demo.json) are read in
-either mix. NF4 on the CPU: bitsandbytes' repacked kernel, which has no gradient, is kept off on both sides.
+NF4 on the CPU: bitsandbytes' repacked kernel, which has no gradient, is kept off on both sides.
 """
 
 import argparse
@@ -38,13 +37,12 @@ from _record import ExtraMemory, add_output_option, emit
 
 from qorpo.data.records import PreferencePair
 from qorpo.data.sources import load_pairs
-from qorpo.data.tokenize import ChatFormat, TokenizedPair, tokenize_pairs
+from qorpo.data.tokenize import ChatFormat, Limits, TokenizedPair, tokenize_pairs
 from qorpo.model.load import load_model, load_tokenizer
 from qorpo.recipe import Recipe, load_recipe
 
 TARGETS = {"as-is": {"speed": 2.0}, "multi-turn": {"speed": 2.5, "memory": 0.25}}
 LEARNING_RATE = 1e-4
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 
 
 def main() -> None:
@@ -113,7 +111,7 @@ def main() -> None:
 
 def prepare(options: argparse.Namespace, prepared: Path) -> dict[str, float]:
     """Write the first usable pairs as prompt (messages), chosen and rejected; returns their mean token counts."""
-    pairs = read_sharegpt(options.pairs) if is_sharegpt(options.pairs) else list(load_pairs(options.pairs))
+    pairs = list(load_pairs(options.pairs))
     tokenizer = load_tokenizer(options.base)
     if options.mix == "multi-turn":
         wanted = [float(mean) for mean in options.mean_tokens.split(",")]
@@ -132,22 +130,7 @@ def prepare(options: argparse.Namespace, prepared: Path) -> dict[str, float]:
 
 
 def tokens_of(pairs: Sequence[PreferencePair], chat: ChatFormat, max_length: int) -> list[TokenizedPair]:
-    return tokenize_pairs(pairs, chat, max_length=max_length, max_prompt_length=max_length // 2).pairs
-
-
-def is_sharegpt(path: str) -> bool:
-    return path.endswith(".json") and '"conversations"' in Path(path).read_text(encoding="utf-8")
-
-
-def read_sharegpt(path: str) -> list[PreferencePair]:
-    def messages(turns: list[dict[str, str]]) -> tuple[Any, ...]:
-        return tuple({"role": SHAREGPT_ROLES[turn["from"]], "content": turn["value"]} for turn in turns)
-
-    records = json.loads(Path(path).read_text(encoding="utf-8"))
-    return [
-        PreferencePair(messages(r["conversations"]), r["chosen"]["value"], r["rejected"]["value"], str(index))
-        for index, r in enumerate(records)
-    ]
+    return list(tokenize_pairs(pairs, chat, Limits(max_length, max_length // 2)).pairs)
 
 
 def cut_to_means(
@@ -287,7 +270,7 @@ def run_qorpo(
 
     step_ends: list[tuple[float, float]] = []
     memory = ExtraMemory(options.device)
-    trainer = InOrder(model, tokenizer, recipe, load_pairs(recipe.data.train), progress=Clock())
+    trainer = InOrder(model, tokenizer, recipe, load_pairs(recipe.data.train[0]), progress=Clock())
     trainer.train()
     metrics = trainer.folder.metrics.read_text(encoding="utf-8").splitlines()
     return step_ends, [json.loads(line)["loss"] for line in metrics], memory
@@ -319,7 +302,7 @@ def run_trl(
 
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    pairs = tokens_of(load_pairs(recipe.data.train), ChatFormat(tokenizer), options.max_length)
+    pairs = tokens_of(load_pairs(recipe.data.train[0]), ChatFormat(tokenizer), options.max_length)
     rows = [
         {"prompt": "", "chosen": "", "rejected": "", "ids": [p.prompt_ids, p.chosen_ids, p.rejected_ids]}
         for p in pairs

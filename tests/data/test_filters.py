@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from qorpo.data.filters import leaked_prompts, make_pair, notes, prompt_key, split_by_prompt
-from qorpo.data.records import DataReport, PairSet, PreferencePair, Unusable
+from qorpo.data.filters import Repeats, digest, hold_out, make_pair, notes, prompt_key
+from qorpo.data.records import PreferencePair, Unusable
 from qorpo.errors import DataError
 
 
@@ -67,6 +67,41 @@ def test_role_labels_in_a_response_are_noted(text, noted):
     assert notes(pair("Q", rejected=text)) == expected
 
 
+@pytest.mark.parametrize(
+    ("text", "reason"), [("lost \ufffd", "replacement_character"), ("nul \0", "nul_character")]
+)
+def test_damaged_text_is_noted_wherever_it_is(text, reason):
+    assert notes(pair(text)) == notes(pair("Q", chosen=text)) == notes(pair("Q", rejected=text)) == [reason]
+
+
+def test_scores_against_the_choice_are_noted():
+    assert notes(pair("Q"), margin=-1.0) == ["scores_disagree"]
+    assert notes(pair("Q"), margin=0.0) == []
+
+
+def test_duplicates_and_contradictions_are_found():
+    repeats = Repeats()
+    found = [
+        repeats.notes(each)
+        for each in (
+            pair("Q", chosen="a", rejected="b"),
+            pair("Q ", chosen="a", rejected="b "),  # but for whitespace the same
+            pair("Q", chosen="b", rejected="a"),
+            pair("R", chosen="b", rejected="a"),  # of another prompt
+            pair("Q", chosen="c", rejected="a"),
+            pair("Q", chosen="a", rejected="d"),
+        )
+    ]
+    assert found == [[], ["duplicate"], ["contradiction"], [], ["contradiction"], ["contradiction"]]
+
+
+def split_by_prompt(pairs, fraction, seed):
+    held = hold_out([digest(prompt_key(p.prompt)) for p in pairs], fraction, seed)
+    return tuple(
+        [p for p, is_held in zip(pairs, held, strict=True) if is_held == side] for side in (False, True)
+    )
+
+
 def recurring(num_pairs, num_prompts, seed):
     draw = random.Random(seed)
     return [pair(f"Q{draw.randrange(num_prompts)}", n) for n in range(num_pairs)]
@@ -84,7 +119,6 @@ def test_split_parts_prompts_and_keeps_every_pair(fraction, seed, num_prompts):
     assert len(held_out) > 0
     assert {prompt_key(p.prompt) for p in train}.isdisjoint(prompt_key(p.prompt) for p in held_out)
     assert sorted([*train, *held_out], key=pairs.index) == pairs
-    assert (train.report.read, held_out.report.read) == (len(train), len(held_out))
     largest = max(
         sum(prompt_key(p.prompt) == key for p in pairs) for key in {prompt_key(p.prompt) for p in pairs}
     )
@@ -118,14 +152,6 @@ def test_a_side_that_would_be_empty_gets_the_smallest_prompt(fraction, num_eval)
         assert len(split_by_prompt(pairs, fraction, seed)[1]) == num_eval
 
 
-def test_split_carries_the_sources():
-    sources = [{"path": "a.jsonl", "sha256": "00"}]
-    pairs = PairSet([pair("Q"), pair("R")], DataReport(kept=2, dropped={"empty": 3}, sources=sources))
-    train, held_out = split_by_prompt(pairs, 0.5, 0)
-    assert train.report.sources == held_out.report.sources == sources
-    assert pairs.report.read == 5
-
-
 @pytest.mark.parametrize("fraction", [0, 1, 1.5, -0.1, float("nan")])
 def test_split_refuses_what_is_no_fraction(fraction):
     with pytest.raises(DataError, match=r"data\.eval: .* is no fraction"):
@@ -135,9 +161,3 @@ def test_split_refuses_what_is_no_fraction(fraction):
 def test_split_refuses_a_single_prompt():
     with pytest.raises(DataError, match=r"3 pairs share 1 prompt"):
         split_by_prompt([pair("Q", n) for n in range(3)], 0.5, 0)
-
-
-def test_leaked_prompts_are_counted_once():
-    train = [pair("Q"), pair("R"), pair("S")]
-    assert leaked_prompts(train, [pair("Q"), pair("Q "), pair("R", chosen="x"), pair("T")]) == 2
-    assert leaked_prompts(train, [pair("T")]) == 0

@@ -1,5 +1,6 @@
 """The boundary, the stop token, BOS, cutting and counting, over the kinds of template and tokenizer there are."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from qorpo.data.records import DataReport, PairSet, PreferencePair
 from qorpo.data.sources import load_pairs
-from qorpo.data.tokenize import BOS_TEMPLATE, PLAIN_TEMPLATE, ChatFormat, tokenize_pairs
+from qorpo.data.tokenize import BOS_TEMPLATE, PLAIN_TEMPLATE, ChatFormat, Limits, tokenize_pairs
 from qorpo.errors import DataError
 
 SHARED = Path(__file__).parents[2].parent / "shared"
@@ -56,6 +57,23 @@ THINKING = (
 CHANNELS = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}{% if m['role'] == 'assistant' %}{{ '<|im_start|>' }}"
     "{% endif %}{{ m['content'] + '</s>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+# Qwen-2.5's, which speaks for a system that says nothing; Llama-3.1's, which says the date.
+DEFAULT_SYSTEM = (
+    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are helpful.<|im_end|>\n' }}{% endif %}"
+    + CHATML
+)
+DATED = (
+    "{{ bos_token }}{{ '<|start_header_id|>system<|end_header_id|>\n\nToday is ' + strftime_now('%Y') + '<|eot_id|>' }}"
+    + LLAMA3.removeprefix("{{ bos_token }}")
+)
+# Qwen-3's: thoughts of earlier turns go, those of the last answer are set apart.
+FORGETFUL = (
+    "{% for m in messages %}{% set c = m['content'] %}{% if m['role'] == 'assistant' and '</think>' in c %}"
+    "{% if loop.last %}{% set c = '<think>\n' + c.split('</think>')[0].split('<think>')[-1].strip() + '\n</think>\n\n' "
+    "+ c.split('</think>')[-1].strip() %}{% else %}{% set c = c.split('</think>')[-1].strip() %}{% endif %}{% endif %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + c + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 UNLABELLED = "{% for m in messages %}{{ m['content'] + '\n' }}{% endfor %}"
 
@@ -120,13 +138,13 @@ def pair(
 
 
 def tokenize_one(chat_format, each, **lengths):
-    (tokens,), _ = tokenize_pairs([each], chat_format, **(ROOMY | lengths))
+    (tokens,), _ = tokenize_pairs([each], chat_format, Limits(**(ROOMY | lengths)))
     return tokens
 
 
 def drop_reasons(chat_format, *pairs, **lengths):
     """The reasons that pairs are dropped for, beside one that is kept."""
-    kept, report = tokenize_pairs([pair(), *pairs], chat_format, **(ROOMY | lengths))
+    kept, report = tokenize_pairs([pair(), *pairs], chat_format, Limits(**(ROOMY | lengths)))
     assert report.read == len(pairs) + 1
     assert report.kept == len(kept)
     return report.dropped
@@ -198,6 +216,23 @@ FORMATS = {
         "</s>",
         "<|user|>what is a colour?</s><|assistant|>",
         "<|im_start|>Red is a colour.</s>",
+    ),
+    "a default system turn": (
+        lambda: byte_level(DEFAULT_SYSTEM),
+        None,
+        "<|im_end|>",
+        "<|im_start|>system\nYou are helpful.<|im_end|>\n<|im_start|>user\nwhat is a colour?<|im_end|>\n"
+        "<|im_start|>assistant\n",
+        "Red is a colour.<|im_end|>",
+    ),
+    "the date": (
+        lambda: byte_level(DATED),
+        None,
+        "<|eot_id|>",
+        f"<s><|start_header_id|>system<|end_header_id|>\n\nToday is {time.strftime('%Y')}<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nwhat is a colour?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        "Red is a colour.<|eot_id|>",
     ),
     "unlabelled": (
         lambda: byte_level(UNLABELLED),
@@ -397,20 +432,47 @@ def test_drops_are_counted_and_the_report_carried_on():
         pair("Red", "I think so, hello there, hello", source="a:5"),
     ]
     loaded = PairSet(pairs, DataReport(kept=5, dropped={"empty": 2}, noted={"role_label_in_response": 1}))
-    kept, report = tokenize_pairs(loaded, chat_format, max_length=size + 6, max_prompt_length=size)
+    kept, report = tokenize_pairs(loaded, chat_format, Limits(size + 6, size))
     assert [tokens.source for tokens in kept] == ["a:1", "a:5"]
     assert report.dropped == {"empty": 2, "prompt_too_long": 1, "template_refused": 1, "same_after_cut": 1}
     assert report.examples["template_refused"] == ["a:3"]
     assert report.read == 7
     assert report.kept == 2
     assert report.noted == {"role_label_in_response": 1}
-    assert report.cut == {"chosen": 1, "rejected": 1}
+    assert report.cut == {"prompt": 0, "chosen": 1, "rejected": 1}
     assert [tokens.rejected_cut for tokens in kept] == [False, True]
     lengths = [len(tokens.chosen_ids) for tokens in kept]
     assert report.tokens["chosen"] == {"total": sum(lengths), "mean": sum(lengths) / 2, "max": max(lengths)}
     assert report.tokens["prompt"] == {"total": 2 * size, "mean": size, "max": size}
     assert loaded.report.as_dict()["kept"] == 5  # the loading's own report stays as it was
     assert loaded.report.dropped == {"empty": 2}
+
+
+def test_a_long_prompt_may_keep_its_end():
+    chat_format = ChatFormat(byte_level("{{ bos_token }}" + CHATML))
+    bos = chat_format.tokenizer.bos_token_id
+    whole = tokenize_one(chat_format, pair(prompt="tea " * 50)).prompt_ids
+    assert whole[0] == bos
+    limits = {"max_length": 40, "max_prompt_length": 20}
+    assert drop_reasons(chat_format, pair(prompt="tea " * 50), **(limits | {"max_prompt_length": 30}))
+    tokens = tokenize_one(chat_format, pair(prompt="tea " * 50), long_prompts="keep_end", **limits)
+    assert tokens.prompt_ids == (bos, *whole[-19:])
+    assert tokens.prompt_cut
+    # Without a BOS the end is all.
+    chat_format = ChatFormat(byte_level(CHATML))
+    whole = tokenize_one(chat_format, pair(prompt="tea " * 50)).prompt_ids
+    tokens = tokenize_one(chat_format, pair(prompt="tea " * 50), long_prompts="keep_end", **limits)
+    assert tokens.prompt_ids == whole[-20:]
+    assert not tokenize_one(chat_format, pair(), long_prompts="keep_end").prompt_cut
+
+
+def test_a_pair_with_a_long_answer_may_be_dropped():
+    chat_format = ChatFormat(byte_level(CHATML))
+    long = pair(rejected="tea " * 50)
+    size = len(tokenize_one(chat_format, pair()).prompt_ids)
+    limits = {"max_length": size + 30, "max_prompt_length": size}
+    assert tokenize_one(chat_format, long, **limits).rejected_cut
+    assert drop_reasons(chat_format, long, long_responses="drop", **limits) == {"response_too_long": 1}
 
 
 def test_a_prompt_of_just_the_limit_is_kept():
@@ -449,8 +511,22 @@ def test_templates_that_do_not_hold_prompt_and_answer(template):
 def test_rows_that_a_template_rewrites_are_dropped(template):
     chat_format = ChatFormat(byte_level(template))
     three = (turn("user", "hi"), turn("assistant", "hello"))
-    kept, report = tokenize_pairs([pair("Green", "tea"), pair(before=three)], chat_format, **ROOMY)
+    kept, report = tokenize_pairs([pair("Green", "tea"), pair(before=three)], chat_format, Limits(**ROOMY))
     assert [len(kept), report.dropped] == [1, {"template_mismatch": 1}]
+
+
+def test_a_template_that_forgets_thoughts_writes_the_last_answer_s_or_drops_it():
+    chat_format = ChatFormat(byte_level(FORGETFUL))
+    decode = chat_format.tokenizer.decode
+    before = (turn("user", "hello"), turn("assistant", "<think>what</think>hi"))
+    thought = "<think>\nhello\n</think>\n\nRed is a colour."
+    tokens = tokenize_one(chat_format, pair(chosen=thought, before=before))
+    assert decode(tokens.prompt_ids).startswith(
+        "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\nhi<|im_end|>\n"
+    )
+    assert decode(tokens.chosen_ids) == thought + "<|im_end|>"
+    # It would write these otherwise than they are.
+    assert drop_reasons(chat_format, pair(chosen="<think>a</think>Red")) == {"template_mismatch": 1}
 
 
 def test_answers_are_trimmed_where_the_template_trims():
@@ -468,7 +544,7 @@ def test_answers_equal_in_tokens_are_the_same():
     chat_format = ChatFormat(
         PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", unk_token="<unk>")
     )
-    kept, report = tokenize_pairs([pair("red", "tea"), pair("blue", "green")], chat_format, **ROOMY)
+    kept, report = tokenize_pairs([pair("red", "tea"), pair("blue", "green")], chat_format, Limits(**ROOMY))
     assert [len(kept), report.dropped] == [1, {"same": 1}]
 
 
@@ -499,12 +575,7 @@ def test_unusable_templates_say_why(template, said):
 @pytest.mark.parametrize(("max_length", "max_prompt_length"), [(8, 8), (8, 9), (8, 0)])
 def test_lengths_that_leave_no_response_are_refused(max_length, max_prompt_length):
     with pytest.raises(DataError, match=r"data\.max_prompt_length \(\d\) must be at least 1 and below"):
-        tokenize_pairs(
-            [pair()],
-            ChatFormat(byte_level(CHATML)),
-            max_length=max_length,
-            max_prompt_length=max_prompt_length,
-        )
+        Limits(max_length, max_prompt_length)
 
 
 def test_batches_keep_pairs_and_places_together(monkeypatch):
@@ -514,9 +585,12 @@ def test_batches_keep_pairs_and_places_together(monkeypatch):
         before = (turn("system", "S"),) if n % 5 == 1 else ()
         chosen = f"Red {n} </s>" if n % 3 == 0 else f"Red {n}"
         pairs.append(pair(chosen, f"tea {n}", f"hello {n}", source=f"a:{n}", before=before))
-    whole, report = tokenize_pairs(pairs, chat_format, **ROOMY)
+    whole, report = tokenize_pairs(pairs, chat_format, Limits(**ROOMY))
     monkeypatch.setattr("qorpo.data.tokenize.PAIRS_PER_BATCH", 4)
-    assert tokenize_pairs(PairSet(pairs, DataReport(kept=23)), chat_format, **ROOMY) == (whole, report)
+    assert tokenize_pairs(PairSet(pairs, DataReport(kept=23)), chat_format, Limits(**ROOMY)) == (
+        whole,
+        report,
+    )
     assert [tokens.source for tokens in whole] == [f"a:{n}" for n in range(23) if n % 5 != 1]
     for tokens in whole:
         n = tokens.source.removeprefix("a:")
@@ -532,7 +606,7 @@ def test_batches_keep_pairs_and_places_together(monkeypatch):
 def test_real_pairs_with_a_real_tokenizer():
     tokenizer = AutoTokenizer.from_pretrained(SHARED / "base")
     pairs = load_pairs(SHARED / "data" / "hh_format" / "sample.jsonl.gz")
-    kept, report = tokenize_pairs(pairs, ChatFormat(tokenizer), max_length=512, max_prompt_length=256)
+    kept, report = tokenize_pairs(pairs, ChatFormat(tokenizer), Limits(512, 256))
     assert report.read == 326
     assert report.kept == len(kept)
     by_source = {each.source: each for each in pairs}

@@ -1,0 +1,189 @@
+"""Prepared data drawn for a person: tables, histograms and coloured pairs, on a terminal, as HTML or as PNG."""
+
+import io
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+
+from qorpo.data.inspect import SIDES, ShownPair, Span, Statistics, statistics
+from qorpo.data.prepare import PreparedData
+from qorpo.data.records import DataReport
+from qorpo.errors import DataError
+
+COLOURS = {"prompt": "cyan", "chosen": "green", "rejected": "red"}
+BAR_WIDTH = 18
+
+# What each reason that records are dropped or noted for means.
+REASONS = {
+    "consecutive_assistant_turns": "the prompt ends in a turn of the assistant",
+    "contradiction": "an answer chosen here and rejected elsewhere for the same prompt, or the other way round",
+    "different_prompts": "chosen and rejected answer different prompts",
+    "duplicate": "the same prompt and answers came before",
+    "empty": "an answer is blank",
+    "empty_prompt": "nothing is asked",
+    "further_vote": "another annotator's vote, counted with the first",
+    "left_out_by_weight": "left out as its source's weight is below 1",
+    "missing_column": "a column is missing",
+    "no_rejected": "one answer and none to compare it with",
+    "no_response": "a conversation does not end in the assistant's turn",
+    "no_verdict": "nobody said which answer is better",
+    "not_csv": "a line that is no row of the table",
+    "not_json": "a line that is not JSON",
+    "not_object": "a record that is no object",
+    "not_text": "images or other parts that are no text",
+    "not_utf8": "text that is not UTF-8",
+    "nul_character": "U+0000 in a text",
+    "one_answer": "fewer than two answers to rank",
+    "prompt_too_long": "the prompt is over data.max_prompt_length",
+    "replacement_character": "U+FFFD in a text: characters were lost before",
+    "response_too_long": "an answer is over data.max_length",
+    "role_label_in_response": "'Human:' or 'Assistant:' in an answer: a turn of a transcript may have been missed",
+    "same": "the answers are equal",
+    "same_after_cut": "the answers are equal as far as data.max_length reaches",
+    "scores_disagree": "the record's scores call the rejected answer better",
+    "small_margin": "the difference of scores is below data.min_margin",
+    "special_token_in_response": "an answer spells a special token that would end it",
+    "template_mismatch": "the chat template does not write prompt and answer as they are",
+    "template_refused": "the chat template refuses the conversation",
+    "tie": "neither answer is better",
+    "tools_left_out": "tool definitions beside the conversation, which are not shown to the model",
+    "unknown_role": "a message of an unknown role",
+    "unpaired": "one answer and a label",
+    "wrong_length": "lists of different lengths",
+    "wrong_type": "a value of the wrong type",
+    "wrong_value": "a preference that is none",
+}  # fmt: skip
+
+
+def draw(data: PreparedData, shown: Sequence[ShownPair] = ()) -> RenderableType:
+    """All of it, for a console of rich's."""
+    parts: list[RenderableType] = []
+    if data.whole is not None:
+        parts += [Rule("read"), *_counts(data.whole)]
+    for name, side in (("train", data.train), ("eval", data.eval)):
+        if side is not None:
+            found = statistics(side.pairs)  # type: ignore[arg-type]
+            parts += [Rule(name), *_counts(side.report), *_numbers(found), _histogram(found)]
+    if data.leaked_prompts:
+        parts.append(
+            Text(
+                f"{data.leaked_prompts:,} evaluation prompts occur in training too; its figures will flatter",
+                "bold red",
+            )
+        )
+    if shown:
+        parts += [Rule("pairs as the model sees them"), *_pairs(shown)]
+    return Group(*parts)
+
+
+def save(path: Path, data: PreparedData, shown: Sequence[ShownPair] = ()) -> None:
+    """Write what `draw` draws as .html, or the histograms as .png.
+
+    Raises DataError for another ending, without matplotlib (PNG), or where the file can't be written.
+    """
+    try:
+        if path.suffix == ".html":
+            console = Console(record=True, file=io.StringIO(), width=120)
+            console.print(draw(data, shown))
+            path.write_text(console.export_html(inline_styles=True), encoding="utf-8")
+        elif path.suffix == ".png":
+            _plot(path, data)
+        else:
+            raise DataError(f"{path}: unknown extension {path.suffix!r}; expected .html or .png")
+    except OSError as error:
+        raise DataError(f"{path}: can't be written ({error.strerror or error})") from error
+
+
+def _counts(report: DataReport) -> Iterator[RenderableType]:
+    yield Text(f"read {report.read:,}, kept {report.kept:,}")
+    for title, counts in (("dropped", report.dropped), ("kept, but worth a look", report.noted)):
+        if counts:
+            yield _reasons(title, counts, report.examples)
+    if cut := [f"{count:,} {side}" for side, count in report.cut.items() if count]:
+        yield Text(f"cut to the length limits (no stop token is learned there): {', '.join(cut)}")
+
+
+def _reasons(title: str, counts: Mapping[str, int], examples: Mapping[str, list[str]]) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("reason", no_wrap=True)
+    for name in ("count", "what it means", "such as"):
+        table.add_column(name)
+    for reason, count in sorted(counts.items(), key=lambda item: -item[1]):
+        table.add_row(reason, f"{count:,}", REASONS[reason], ", ".join(examples[reason]))
+    return table
+
+
+def _numbers(found: Statistics) -> Iterator[RenderableType]:
+    yield Text(
+        f"{found.row_tokens:,} tokens with each prompt once; twice it would be {found.unshared_tokens:,}: "
+        f"{found.saved_by_sharing:.0%} saved"
+    )
+    biased = not 0.4 <= found.chosen_longer + found.equally_long / 2 <= 0.6
+    yield Text(
+        f"chosen is the longer one in {found.chosen_longer:.1%} of the pairs, as long in {found.equally_long:.1%}"
+        + ("; the model may learn length from that" if biased else ""),
+        "yellow" if biased else "",
+    )
+
+
+def _histogram(found: Statistics) -> Table:
+    table = Table("tokens", title="lengths", title_justify="left")
+    for side in SIDES:
+        lengths = found.lengths[side]
+        table.add_column(Text(side, COLOURS[side]), footer=f"mean {lengths.mean}, max {lengths.max}")
+    edges = found.lengths["prompt"].edges
+    highest = max(max(found.lengths[side].counts) for side in SIDES)
+    for place, (low, high) in enumerate(itertools.pairwise(edges)):
+        counts = [found.lengths[side].counts[place] for side in SIDES]
+        bars = [
+            Text("█" * round(BAR_WIDTH * count / highest), COLOURS[side]).append(f" {count:,}", "default")
+            for side, count in zip(SIDES, counts, strict=True)
+        ]
+        table.add_row(f"{low}-{high - 1}", *bars)
+    for name in ("mean", "p50", "p90", "p99", "max"):
+        table.add_row(
+            name, *(f"{getattr(found.lengths[side], name):,}" for side in SIDES), end_section=name == "max"
+        )
+    return table
+
+
+def _pairs(shown: Sequence[ShownPair]) -> Iterator[RenderableType]:
+    yield Text.assemble(
+        ("prompt", COLOURS["prompt"]), "  ", ("chosen", COLOURS["chosen"]), "  ", ("rejected", COLOURS["rejected"]),
+        "  ", ("special token", "reverse"), "  ", ("bold: the loss is over it", "bold"), "  ⏎ a line break",
+    )  # fmt: skip
+    for pair in shown:
+        yield Rule(pair.source + (f" (cut: {', '.join(pair.cut)})" if pair.cut else ""), style="dim")
+        for side in SIDES:
+            yield Text.assemble((f"{side:>8} ", "dim"), *(_span(span, side) for span in getattr(pair, side)))
+
+
+def _span(span: Span, side: str) -> tuple[str, str]:
+    style = COLOURS[side] + (" bold" if span.learned else "") + (" reverse" if span.kind == "special" else "")
+    return span.text.replace("\n", "⏎\n"), style
+
+
+def _plot(path: Path, data: PreparedData) -> None:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise DataError(
+            f"{path}: PNG needs matplotlib; pip install 'qorpo[plots]', or give a .html"
+        ) from None
+    sides: list[tuple[str, Any]] = [("train", data.train), ("eval", data.eval)]
+    sides = [(name, statistics(side.pairs)) for name, side in sides if side is not None]
+    figure = Figure(figsize=(9, 3.5 * len(sides)), layout="constrained")
+    for axes, (name, found) in zip(figure.subplots(len(sides), squeeze=False)[:, 0], sides, strict=True):
+        for side in SIDES:
+            lengths = found.lengths[side]
+            axes.stairs(lengths.counts, lengths.edges, label=side, color=COLOURS[side], linewidth=2)
+        axes.set(xscale="log", xlabel="tokens", ylabel="pairs", title=f"{name}: {found.pairs:,} pairs")
+        axes.set_xticks(found.lengths["prompt"].edges, [str(edge) for edge in found.lengths["prompt"].edges])
+        axes.legend()
+    figure.savefig(path)

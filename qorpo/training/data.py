@@ -1,0 +1,55 @@
+"""A recipe's data: its keys handed to `prepare_pairs`, and what became of the records logged."""
+
+import logging
+from collections.abc import Sequence
+
+from qorpo.data.prepare import PreparedData, prepare_pairs
+from qorpo.data.shapes import Layout
+from qorpo.data.sources import Source
+from qorpo.data.tokenize import ChatFormat, Limits
+from qorpo.model.load import load_tokenizer, read_chat_template
+from qorpo.recipe import DataRecipe, Recipe, SourceRecipe
+
+logger = logging.getLogger(__name__)
+
+
+def chat_format_of(recipe: Recipe) -> ChatFormat:
+    """The recipe's tokenizer and template."""
+    keys = recipe.model
+    tokenizer = load_tokenizer(keys.path, revision=keys.revision, trust_remote_code=keys.trust_remote_code)
+    return ChatFormat(tokenizer, read_chat_template(keys.chat_template))
+
+
+def load_data(recipe: Recipe, chat_format: ChatFormat) -> PreparedData:
+    """The recipe's pairs as tokens, logging what was dropped."""
+    keys = recipe.data
+    data = prepare_pairs(
+        _sources(keys.train),
+        keys.eval if isinstance(keys.eval, float | None) else _sources(keys.eval),
+        chat_format,
+        limits_of(keys),
+        layout=Layout(shape=keys.shape, columns=keys.columns, ranked_pairs=keys.ranked_pairs),
+        min_margin=keys.min_margin,
+        on_bad_record=keys.on_bad_record,
+        seed=recipe.train.seed,
+    )
+    if data.whole is not None:
+        logger.info("data: %s", data.whole.summary())
+    if data.leaked_prompts:
+        logger.warning(
+            "data: %d evaluation prompts occur in training too; its figures will flatter", data.leaked_prompts
+        )
+    for name, tokenized in (("train", data.train), ("eval", data.eval)):
+        if tokenized is not None:
+            report = tokenized.report
+            cut = ", ".join(f"{count} {side}" for side, count in report.cut.items() if count) or "none"
+            logger.info("data: %s: %s, kept %d; cut to length: %s", name, report.summary(), report.kept, cut)
+    return data
+
+
+def _sources(given: Sequence[str | SourceRecipe]) -> list[str | Source]:
+    return [each if isinstance(each, str) else Source(**dict(each)) for each in given]
+
+
+def limits_of(keys: DataRecipe) -> Limits:
+    return Limits(keys.max_length, keys.max_prompt_length, keys.long_prompts, keys.long_responses)

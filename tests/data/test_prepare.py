@@ -1,0 +1,200 @@
+"""From sources to tokens on disk: the same as in memory, found again, and never stale."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import make_tokenizer
+
+from qorpo.data import prepare
+from qorpo.data.filters import prompt_key
+from qorpo.data.prepare import largest_token_id, prepare_pairs
+from qorpo.data.shapes import Layout
+from qorpo.data.sources import Source, load_pairs
+from qorpo.data.tokenize import ChatFormat, Limits, tokenize_pairs
+from qorpo.errors import DataError
+
+LIMITS = Limits(64, 32)
+
+
+def write(path, records):
+    path.write_text("".join(json.dumps(each) + "\n" for each in records), encoding="utf-8")
+    return str(path)
+
+
+def records(count, start=0):
+    """Prompts that recur, some too long, answers some of which are equal or have to be cut."""
+    return [
+        {
+            "prompt": f"What is {n % 7} plus one?" + " Tell me." * (60 * (n % 11 == 3)),
+            "chosen": f"It is {n % 7 + 1}, {n}." + " So it is." * (n % 20),
+            "rejected": "No." if n % 13 else f"It is {n % 7 + 1}, {n}." + " So it is." * (n % 20),
+        }
+        for n in range(start, start + count)
+    ]
+
+
+@pytest.fixture
+def chat():
+    return ChatFormat(make_tokenizer())
+
+
+@pytest.fixture
+def source(tmp_path):
+    return write(tmp_path / "pairs.jsonl", records(200))
+
+
+def prepared(train, eval, chat, tmp_path, limits=LIMITS, **options):
+    options = {"layout": Layout(), "cache": tmp_path / "cache", **options}
+    return prepare_pairs(train, eval, chat, limits, **options)
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_tokens_on_disk_are_those_in_memory(source, chat, tmp_path, monkeypatch, num_processes):
+    monkeypatch.setattr(prepare, "PAIRS_PER_BATCH", 16)
+    found, report = prepared(source, None, chat, tmp_path, num_processes=num_processes).train
+    expected, expected_report = tokenize_pairs(load_pairs(source), chat, LIMITS)
+    assert expected_report.dropped.keys() == {"same", "prompt_too_long"}
+    assert sum(expected_report.cut.values()) > 0
+    assert list(found) == expected
+    assert found[-1] == expected[-1]
+    assert found[3:9:2] == expected[3:9:2]
+    assert report == expected_report
+    assert report.read == report.kept + sum(report.dropped.values()) == 200
+    assert largest_token_id(found) == largest_token_id(expected)
+    sides = ("prompt", "chosen", "rejected")
+    assert np.array_equal(found.lengths(), [[len(getattr(p, f"{s}_ids")) for s in sides] for p in expected])
+    assert np.array_equal(found.cuts(), [[getattr(p, f"{s}_cut") for s in sides] for p in expected])
+    with pytest.raises(IndexError):
+        found[len(found)]
+
+
+def test_a_fraction_is_split_off_by_prompt(source, chat, tmp_path):
+    data = prepared(source, 0.3, chat, tmp_path, seed=3)
+    pairs = {pair.source: prompt_key(pair.prompt) for pair in load_pairs(source)}
+    train, held_out = ({pairs[p.source] for p in side.pairs} for side in (data.train, data.eval))
+    assert train
+    assert held_out
+    assert not train & held_out
+    assert data.leaked_prompts == 0
+    assert data.whole.read == 200
+    assert data.train.report.read + data.eval.report.read == data.whole.kept
+    assert data.train.report.sources == data.whole.sources
+    again = prepared(source, 0.3, chat, tmp_path, seed=3)
+    assert [list(p.pairs) for p in (again.train, again.eval)] == [
+        list(p.pairs) for p in (data.train, data.eval)
+    ]
+    assert again.as_dict() == data.as_dict()
+    other = prepared(source, 0.3, chat, tmp_path, seed=4)
+    assert [p.source for p in other.eval.pairs] != [p.source for p in data.eval.pairs]
+
+
+def test_evaluation_files_and_the_prompts_they_share(source, chat, tmp_path):
+    other = write(tmp_path / "eval.jsonl", [*records(20), {"prompt": "New?", "chosen": "a", "rejected": "b"}])
+    data = prepared(source, other, chat, tmp_path)
+    assert data.whole is None
+    assert data.eval.pairs[-1].source == "eval.jsonl:21"
+    # Seven questions, and as many of them with "Tell me.": of the first 20, one at 3 and one at 14 (0 again).
+    assert data.leaked_prompts == len({r["prompt"] for r in records(20)})
+    assert data.as_dict()["eval_prompts_in_train"] == data.leaked_prompts
+
+
+def count_tokenizings(monkeypatch):
+    calls = []
+    batch = prepare.tokenize_batch
+    monkeypatch.setattr(prepare, "tokenize_batch", lambda *arguments: calls.append(1) or batch(*arguments))
+    return calls
+
+
+def test_the_second_time_nothing_is_tokenized(source, chat, tmp_path, monkeypatch):
+    calls = count_tokenizings(monkeypatch)
+    first = prepared(source, None, chat, tmp_path)
+    made = len(calls)
+    assert made > 0
+    second = prepared(source, None, chat, tmp_path)
+    assert len(calls) == made
+    assert list(second.train.pairs) == list(first.train.pairs)
+    assert second.as_dict() == first.as_dict()
+    shutil.copystat(source, source)
+    os.utime(source)  # the same content at another time is the same content
+    prepared(source, None, chat, tmp_path)
+    assert len(calls) == made
+
+
+@pytest.mark.parametrize(
+    "changed",
+    ["content", "template", "tokenizer", "limits", "rule", "columns", "min_margin", "eval", "seed", "weight"],
+)
+def test_whatever_decides_the_tokens_makes_other_ones(source, tmp_path, monkeypatch, changed):
+    calls = count_tokenizings(monkeypatch)
+    prepared(source, 0.2, ChatFormat(make_tokenizer()), tmp_path)
+    made = len(calls)
+    options, limits, eval, train = {}, LIMITS, 0.2, source
+    tokenizer, template = make_tokenizer(), None
+    match changed:
+        case "content":
+            write(Path(source), records(199))
+        case "template":
+            template = tokenizer.chat_template + "\n"
+        case "tokenizer":
+            tokenizer.add_tokens(["plus one"])
+        case "limits":
+            limits = Limits(65, 32)
+        case "rule":
+            limits = Limits(64, 32, long_prompts="keep_end")
+        case "columns":
+            options["layout"] = Layout(columns={"prompt": "prompt"})
+        case "min_margin":
+            options["min_margin"] = 0.1
+        case "eval":
+            eval = 0.3
+        case "seed":
+            options["seed"] = 9
+        case "weight":
+            train = Source(source, weight=2)
+    prepared(train, eval, ChatFormat(tokenizer, template), tmp_path, limits, **options)
+    assert len(calls) > made
+
+
+def test_a_broken_cache_is_made_again(source, chat, tmp_path):
+    expected = list(prepared(source, None, chat, tmp_path).train.pairs)
+    (folder,) = (tmp_path / "cache").iterdir()
+    for name in ("report.json", "train.npy", next(p.name for p in folder.glob("train*tokens*"))):
+        path = folder / name
+        path.write_bytes(path.read_bytes()[:20])
+        assert list(prepared(source, None, chat, tmp_path).train.pairs) == expected
+        path.unlink()
+        assert list(prepared(source, None, chat, tmp_path).train.pairs) == expected
+
+
+def test_what_a_killed_run_left_is_swept_away_after_a_day(source, chat, tmp_path):
+    prepared(source, None, chat, tmp_path)
+    (folder,) = (tmp_path / "cache").iterdir()
+    shutil.rmtree(folder)
+    for pid, age in ((1, 0), (2, 2 * prepare.SECONDS_OF_A_DAY)):
+        left = folder.with_name(f".{folder.name}.{pid}")
+        left.mkdir()
+        os.utime(left, (left.stat().st_mtime - age,) * 2)
+    prepared(source, None, chat, tmp_path)
+    assert {path.name for path in folder.parent.iterdir()} == {folder.name, f".{folder.name}.1"}
+
+
+def test_nothing_is_left_of_what_fails(source, chat, tmp_path, monkeypatch):
+    write(Path(source), [*records(3), {"prompt": 1}])
+    with pytest.raises(DataError, match=r"pairs\.jsonl:4"):
+        prepared(source, None, chat, tmp_path)
+    with pytest.raises(DataError, match="0 usable pairs left as tokens"):
+        prepared(source, None, chat, tmp_path, Limits(3, 2), on_bad_record="skip")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(prepare, "_write_texts", full)
+    with pytest.raises(
+        DataError, match=r"can't keep the tokens there .No space left on device.; make room, or set HF_DATA"
+    ):
+        prepared(source, None, chat, tmp_path, on_bad_record="skip")
+    assert list((tmp_path / "cache").iterdir()) == []

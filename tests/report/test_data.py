@@ -1,0 +1,108 @@
+"""`qorpo data`: what it prints, writes and refuses."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import qorpo
+from qorpo.report.data import REASONS
+
+
+@pytest.fixture
+def recipe(base, tmp_path):
+    records = [
+        {"prompt": f"Why is {n} odd?", "chosen": f"It is [bold]{n}[/bold].", "rejected": "No."}
+        for n in range(20)
+    ]
+    records += [{"prompt": "Why?", "chosen": "", "rejected": "No."}, records[0]]
+    records += [{"prompt": records[1]["prompt"], "chosen": "No.", "rejected": "Maybe."}]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records))
+    path = tmp_path / "r.yaml"
+    keys = {"path": str(base)}, {"train": str(tmp_path / "pairs.jsonl"), "eval": 0.2}
+    path.write_text(yaml.safe_dump({"model": keys[0], "data": keys[1], "output": str(tmp_path / "run")}))
+    return path
+
+
+def test_tables_say_what_was_dropped_why_and_where(command, recipe, tmp_path):
+    code, out, err = command("data", recipe, "--show", "2")
+    assert code == 0, err
+    assert "read 23, kept 22" in out
+    for reason, place in (
+        ("empty", "pairs.jsonl:21"),
+        ("duplicate", "pairs.jsonl:22"),
+        ("contradiction", "pairs.jsonl:23"),
+    ):
+        assert re.search(rf"{reason} +│ 1 +│", out), reason
+        assert place in out
+    assert "saved" in out
+    assert "chosen is the longer one in" in out
+    assert "Why is 0 odd?<|end|>" in out.replace("\n", "")
+    assert "It is [bold]0[/bold].<|end|>" in out  # text, and no markup of the console's
+    assert not (tmp_path / "run").exists()
+
+
+def test_json_is_one_object(command, recipe):
+    code, out, _ = command("data", recipe, "--json", "--show", "1", "data.eval=null")
+    values = json.loads(out)
+    assert code == 0
+    assert values["train"]["dropped"] == {"empty": 1}
+    assert values["train"]["noted"] == {"duplicate": 1, "contradiction": 1}
+    assert values["eval"] is None
+    assert len(values["shown"]) == 1
+
+
+def test_html_and_png(command, recipe, tmp_path):
+    code, _, err = command("data", recipe, "--show", "1", "--output", tmp_path / "data.html")
+    assert code == 0, err
+    html = (tmp_path / "data.html").read_text(encoding="utf-8")
+    assert "kept 22" in html
+    assert "Why is 0 odd?" in html
+    code, _, err = command("data", recipe, "--output", tmp_path / "data.png")
+    assert code == 0, err
+    assert (tmp_path / "data.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        ("data.txt", "unknown extension '.txt'; expected .html or .png"),
+        ("no/such/folder.html", "can't be written"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_named(command, recipe, tmp_path, output, said):
+    code, out, err = command("data", recipe, "--output", tmp_path / output)
+    assert code == 2
+    assert said in err
+    assert "Traceback" not in err
+    assert out == ""
+
+
+def test_png_without_matplotlib_says_what_to_install(command, recipe, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    code, _, err = command("data", recipe, "--output", tmp_path / "data.png")
+    assert code == 2
+    assert "pip install 'qorpo[plots]'" in err
+
+
+def test_a_set_of_ties_exits_with_the_counts(command, recipe, tmp_path):
+    tie = {"instruction": "Q", "output_1": "a", "output_2": "b", "preference": 1.5}
+    (tmp_path / "ties.json").write_text(json.dumps([{**tie, "instruction": f"Q{n}"} for n in range(4)]))
+    for name in ("data", "train"):
+        code, _, err = command(name, recipe, f"data.train={tmp_path / 'ties.json'}")
+        assert code == 2
+        assert "0 usable pairs" in err
+        assert "read 4, dropped 4 tie" in err
+
+
+def test_every_reason_is_explained():
+    source = "".join(
+        path.read_text(encoding="utf-8") for path in Path(qorpo.__file__).parent.glob("data/*.py")
+    )
+    used = set(re.findall(r'(?:Unusable|BadRecord|report\.drop|report\.note)\(\s*"(\w+)"', source))
+    assert {"tie", "empty", "wrong_type", "left_out_by_weight", "further_vote", "tools_left_out"} <= used
+    found_in_texts = {"role_label_in_response", "replacement_character", "nul_character", "scores_disagree"}
+    assert used | found_in_texts | {"duplicate", "contradiction"} <= REASONS.keys()
