@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 
 from qorpo.merging.shards import Block, Blocks, Stored
+from qorpo.model.nf4 import mend_dequantization
 
 BLOCK_SIZE = 64  # of bitsandbytes' Params4bit
 NESTED_BLOCK_SIZE = 256  # of its double quantization
@@ -48,6 +49,7 @@ def dequantized(stored: Stored, *, transposed: bool = False) -> Blocks:
 
 def _round_trip(blocks: Iterator[Block]) -> Iterator[Block]:
     """A matrix quantized and dequantized; all of it is read before the first block comes back."""
+    mend_dequantization()
     from bitsandbytes.functional import (
         QuantState,
         dequantize_4bit,
@@ -64,11 +66,6 @@ def _round_trip(blocks: Iterator[Block]) -> Iterator[Block]:
     absmax = torch.cat(scales)
     offset = absmax.mean()
     absmax = dequantize_blockwise(*quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK_SIZE)) + offset
-    columns = codes[0][1][1]
-    if columns % BLOCK_SIZE:
-        # bitsandbytes' kernel for the CPU takes other scales for such rows, by their place in the whole matrix.
-        num_rows = sum(shape[0] for _, shape, _ in codes)
-        codes = [(0, torch.Size((num_rows, columns)), torch.cat([packed for _, _, packed in codes]))]
 
     done = 0
     for start, shape, packed in codes:

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from qorpo.errors import ModelError
+from qorpo.model.nf4 import mend_dequantization
 
 logger = logging.getLogger(__name__)
 
@@ -186,10 +187,10 @@ def nf4_config(config: Any) -> Any:
 
 
 def keep_nf4_trainable(model: nn.Module) -> int:
-    """Keep bitsandbytes from repacking weights in evaluation for a CPU kernel that has no autograd.
+    """Keep bitsandbytes from what makes training on the CPU silently wrong; returns how many layers are in 4 bits.
 
-    On processors with avx512_bf16 a later training forward would run that kernel: gradients are silently wrong.
-    Returns how many layers are in 4 bits.
+    On processors with avx512_bf16 evaluation would repack weights for a kernel that has no autograd, and a later
+    training forward would run it. On those with AVX-512 rows of some lengths are dequantized wrongly.
     """
     if importlib.util.find_spec("bitsandbytes") is None:
         return 0
@@ -198,6 +199,8 @@ def keep_nf4_trainable(model: nn.Module) -> int:
     quantized = [module for module in model.modules() if isinstance(module, Linear4bit)]
     for module in quantized:
         module.support_avx512bf16_for_cpu = False
+    if quantized:
+        mend_dequantization()
     return len(quantized)
 
 
