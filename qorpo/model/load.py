@@ -81,7 +81,7 @@ def load_model(
     try:
         config = AutoConfig.from_pretrained(source, **options)
         if quantization == "nf4":
-            options["quantization_config"] = _nf4_config(config)
+            options["quantization_config"] = nf4_config(config)
         if not allow_pickle:
             options["use_safetensors"] = True
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -168,7 +168,8 @@ def _check_weights(source: str, model: nn.Module, missing: Collection[str]) -> N
             )
 
 
-def _nf4_config(config: Any) -> Any:
+def nf4_config(config: Any) -> Any:
+    """How every base is quantized: NF4 with double quantization, computed in bfloat16."""
     from transformers import BitsAndBytesConfig
 
     if getattr(config, "quantization_config", None) is not None:
