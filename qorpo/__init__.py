@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from qorpo.data.sources import load_pairs
     from qorpo.objectives.orpo import orpo_loss
     from qorpo.ops.log_probs import token_logps
+    from qorpo.planning.plan import plan
     from qorpo.training.loop import Trainer
     from qorpo.training.run import train
 
@@ -27,11 +28,12 @@ _HOMES = {
     "Trainer": "qorpo.training.loop",
     "load_pairs": "qorpo.data.sources",
     "orpo_loss": "qorpo.objectives.orpo",
+    "plan": "qorpo.planning.plan",
     "token_logps": "qorpo.ops.log_probs",
     "train": "qorpo.training.run",
 }
 
-__all__ = ["Trainer", "load_pairs", "orpo_loss", "token_logps", "train"]
+__all__ = ["Trainer", "load_pairs", "orpo_loss", "plan", "token_logps", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from qorpo.model.adapters import attach_lora
 from qorpo.model.load import nf4_config
-from qorpo.recipe import LoraRecipe
+from qorpo.recipe import Recipe
 
 # bitsandbytes' NF4: so many weights have one absmax, and so many absmaxes, themselves in 8 bits, have one of their own.
 WEIGHTS_PER_ABSMAX, ABSMAXES_PER_SCALE = 64, 256
@@ -33,14 +33,13 @@ def shortened(config: PretrainedConfig, num_layers: int) -> PretrainedConfig:
     return config
 
 
-def make_fake_model(
-    config: PretrainedConfig, lora: LoraRecipe, *, quantized: bool, trust_remote_code: bool = False
-) -> tuple[Any, FakeTensorMode]:
+def make_fake_model(config: PretrainedConfig, recipe: Recipe) -> tuple[Any, FakeTensorMode]:
     """A PEFT model of fake tensors, as `load_model` and `attach_lora` leave the real one, and the mode it lives in."""
+    lora, quantized = recipe.lora, recipe.model.quantization == "nf4"
     config = copy.deepcopy(config)  # what quantizes it writes it there
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
-            config, dtype=torch.bfloat16, trust_remote_code=trust_remote_code
+            config, dtype=torch.bfloat16, trust_remote_code=recipe.model.trust_remote_code
         )
     if quantized:
         from transformers.quantizers import AutoHfQuantizer
@@ -49,10 +48,11 @@ def make_fake_model(
         quantizer.preprocess_model(model, device_map={"": "meta"})
         quantizer.postprocess_model(model)
     model.requires_grad_(False)
-    peft_model = attach_lora(
-        model, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout,
-        targets=lora.targets, modules_to_save=lora.modules_to_save,
-    )  # fmt: skip
+    with torch.device("meta"):
+        peft_model = attach_lora(
+            model, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout,
+            targets=lora.targets, modules_to_save=lora.modules_to_save,
+        )  # fmt: skip
     mode = FakeTensorMode()
     if quantized:
         with mode:

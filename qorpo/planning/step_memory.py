@@ -20,6 +20,9 @@ from qorpo.training.step import run_step
 
 CPU = torch.device("cpu")
 
+HEAD, OPTIMIZER = "forward of the head", "optimizer's step"
+"""Stretches of a step that others ask for by name."""
+
 
 @dataclass(frozen=True)
 class StepShape:
@@ -27,7 +30,6 @@ class StepShape:
 
     rows: tuple[PairLengths, ...]  # the pairs of its largest micro-batch
     accumulates: bool  # whether gradients of an earlier micro-batch are there
-    quantized: bool
     attention: Mode
     chunk_tokens: int
     recomputed_layers: int | None  # None: all
@@ -56,9 +58,7 @@ class StepMemory:
 
 def step_memory(config: PretrainedConfig, recipe: Recipe, shape: StepShape) -> StepMemory:
     """Count a step after the first: optimizer states are there, and gradients where the step has more micro-batches."""
-    model, fake_mode = make_fake_model(
-        config, recipe.lora, quantized=shape.quantized, trust_remote_code=recipe.model.trust_remote_code
-    )
+    model, fake_mode = make_fake_model(config, recipe)
     layers = decoder_layers(model)
     num_recomputed = len(layers) if shape.recomputed_layers is None else shape.recomputed_layers
     if num_recomputed:
@@ -90,7 +90,7 @@ def step_memory(config: PretrainedConfig, recipe: Recipe, shape: StepShape) -> S
                 scorer, pairs, recipe.objective, device=CPU, backward=backward,
                 microbatch_tokens=sum(map(sum, shape.rows)),
             )  # fmt: skip
-            count.kind, count.stretch = "optimizer", "optimizer's step"
+            count.kind, count.stretch = "optimizer", OPTIMIZER
             torch.nn.utils.clip_grad_norm_(trained, recipe.train.max_grad_norm or float("inf"))
             if optimizer is not None:
                 optimizer.step()
@@ -122,7 +122,7 @@ def _follow(layers: Sequence[nn.Module], num_recomputed: int, count: LiveBytes) 
                 count.stretch = f"backward of {place}"
 
             hidden.register_hook(begin_backward)
-            count.stretch = "forward of the head"
+            count.stretch = HEAD
 
         layer.register_forward_pre_hook(begin)
         layer.register_forward_hook(end)
