@@ -19,6 +19,8 @@ BLOCK = 512
 HOST = "host"
 """The kind of what is kept in host memory, beside the device's total."""
 
+_SAME_TO_MEMORY = {torch.ops.aten._unsafe_view.default: torch.ops.aten.view.default}
+
 _HERE = str(Path(__file__).parent)
 _TORCH = str(Path(torch.__file__).parent)
 # What is made while a function of this file is running is of this kind, whatever else is going on.
@@ -53,6 +55,10 @@ class LiveBytes(TorchDispatchMode):
         self._living: dict[int, tuple[weakref.ref[Any], str, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:
+            return args[0].fake_device
+        # The same to memory, and fake tensors remember the one and work the other out anew each time.
+        func = _SAME_TO_MEMORY.get(func, func)
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):

@@ -1,6 +1,7 @@
 """What a recipe will need in memory, before anything is downloaded: `plan`."""
 
 import importlib.util
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -8,6 +9,7 @@ from typing import Any
 
 import torch
 
+from qorpo.errors import RecipeError
 from qorpo.model.load import load_config
 from qorpo.planning.advice import advise
 from qorpo.planning.counter import StepCounter, pair_of
@@ -79,6 +81,23 @@ def plan_budgets(
         config, recipe, longest=pair_of(2 * recipe.data.max_length - 1), on_cuda=True
     )
     return [_plan(recipe, counter, _budget(recipe) if gib is None else gib) for gib in budgets_gib]
+
+
+def read_budgets(text: str | None) -> list[float | None]:
+    """Budgets as the command line gives them, "12,16,24"; None stands for the recipe's own.
+
+    Raises:
+        RecipeError: where one is no number above 0.
+    """
+    if text is None:
+        return [None]
+    try:
+        budgets = [float(part) for part in text.split(",")]
+    except ValueError:
+        budgets = []
+    if not budgets or not all(0 < gib < math.inf for gib in budgets):
+        raise RecipeError(f"--budgets: got {text!r}; give GiB above 0, such as 12,16,24")
+    return [*budgets]
 
 
 def _plan(recipe: Recipe, counter: StepCounter, budget_gib: float) -> Plan:
