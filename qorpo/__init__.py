@@ -3,6 +3,7 @@
 import importlib
 import logging
 import os
+import sys
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,10 @@ warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", categ
 # On the CPU oneDNN keeps up to 1,024 matrix products it was asked for, most of a megabyte each; packed rows differ in
 # length, so they would all be new. 48 hold what one row asks for again.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "48")
+
+# Rows differ in length, so blocks of fixed size would not fit the next ones; read as CUDA starts.
+if sys.platform == "linux" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+    os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 # Resolved on first use, so that `import qorpo` and `qorpo --help` don't wait for torch.
 _HOMES = {

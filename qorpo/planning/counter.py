@@ -4,6 +4,7 @@ import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from transformers import PretrainedConfig
 
 from qorpo.data.pack import PairLengths
@@ -35,6 +36,7 @@ class StepCounter:
         config: the model's.
         recipe: resolved; its memory section is not read.
         longest: the longest pair there can be; rows are filled with pairs as long.
+        dtype: of the base's weights that are not quantized.
         modes: ways to attend, of which the first that the model takes is counted; None: as its load would try them.
     """
 
@@ -46,8 +48,10 @@ class StepCounter:
         longest: PairLengths,
         modes: list[Mode] | None = None,
         on_cuda: bool,
+        dtype: torch.dtype = torch.bfloat16,
     ):
-        self.config, self.recipe, self.longest, self.on_cuda = config, recipe, longest, on_cuda
+        self.config, self.recipe, self.longest = config, recipe, longest
+        self.on_cuda, self.dtype = on_cuda, dtype
         self.modes = modes or likely_modes(config, recipe.model.attention, on_cuda=on_cuda)
         model, _ = make_fake_model(config, recipe)
         layers = decoder_layers(model)
@@ -129,6 +133,7 @@ class StepCounter:
                 recomputed_layers=settings.recomputed_layers,
                 offload=settings.offload,
                 on_cuda=self.on_cuda,
+                dtype=self.dtype,
             )
             try:
                 step = step_memory(config, self.recipe, shape)

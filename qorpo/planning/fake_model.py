@@ -33,13 +33,15 @@ def shortened(config: PretrainedConfig, num_layers: int) -> PretrainedConfig:
     return config
 
 
-def make_fake_model(config: PretrainedConfig, recipe: Recipe) -> tuple[Any, FakeTensorMode]:
+def make_fake_model(
+    config: PretrainedConfig, recipe: Recipe, dtype: torch.dtype = torch.bfloat16
+) -> tuple[Any, FakeTensorMode]:
     """A PEFT model of fake tensors, as `load_model` and `attach_lora` leave the real one, and the mode it lives in."""
     lora, quantized = recipe.lora, recipe.model.quantization == "nf4"
     config = copy.deepcopy(config)  # what quantizes it writes it there
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
-            config, dtype=torch.bfloat16, trust_remote_code=recipe.model.trust_remote_code
+            config, dtype=dtype, trust_remote_code=recipe.model.trust_remote_code
         )
     if quantized:
         from transformers.quantizers import AutoHfQuantizer

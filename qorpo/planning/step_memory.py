@@ -35,6 +35,7 @@ class StepShape:
     recomputed_layers: int | None  # None: all
     offload: bool
     on_cuda: bool
+    dtype: torch.dtype = torch.bfloat16
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class StepMemory:
 
 def step_memory(config: PretrainedConfig, recipe: Recipe, shape: StepShape) -> StepMemory:
     """Count a step after the first: optimizer states are there, and gradients where the step has more micro-batches."""
-    model, fake_mode = make_fake_model(config, recipe)
+    model, fake_mode = make_fake_model(config, recipe, shape.dtype)
     layers = decoder_layers(model)
     num_recomputed = len(layers) if shape.recomputed_layers is None else shape.recomputed_layers
     if num_recomputed:
