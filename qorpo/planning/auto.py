@@ -4,6 +4,7 @@ import copy
 import logging
 from typing import Any
 
+import psutil
 import torch
 
 from qorpo.data.pack import PairLengths
@@ -77,7 +78,7 @@ def advice_for(recipe: Recipe, model: Any, longest: PairLengths) -> str:
 def _together(recipe: Recipe, counter: StepCounter, settings: MemorySettings, room_bytes: int) -> str:
     needed = reserved_bytes(counter.peak_bytes(settings))
     if needed <= room_bytes:
-        return f"the plan is {needed / GIB:.2f} GiB of {room_bytes / GIB:.2f}; set memory.budget_gib lower, to leave more free"
+        return f"the plan counts {needed / GIB:.2f} GiB of {room_bytes / GIB:.2f} that should be free; does another process use them?"
     return "the plan advises " + "; ".join(advise(recipe, counter, settings, room_bytes))
 
 
@@ -96,8 +97,9 @@ def free_bytes(recipe: Recipe, device: torch.device) -> int:
     """What PyTorch's allocator may reserve: what is free or its own already, within the recipe's budget."""
     budget_gib = recipe.memory.budget_gib
     if device.type != "cuda":
-        assert budget_gib != "auto"
-        return int(budget_gib * GIB)
+        if budget_gib != "auto":
+            return int(budget_gib * GIB)
+        return psutil.virtual_memory().available + psutil.Process().memory_info().rss
     free, _ = torch.cuda.mem_get_info(device)
     room_bytes = free + torch.cuda.memory_reserved(device) - LATER_BYTES
     return room_bytes if budget_gib == "auto" else min(room_bytes, int(budget_gib * GIB) - CONTEXT_BYTES)
