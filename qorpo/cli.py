@@ -64,7 +64,9 @@ def plan(
     budgets: Annotated[
         str | None, typer.Option("--budgets", metavar="GIB,GIB,…", help="Cards to plan for: 12,16,24,48.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON, a list where several.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the plan as JSON, a list where several.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Say whether a recipe's training fits a card, and what to change if not; needs no GPU, weights or data."""

@@ -22,7 +22,10 @@ class HostInputs:
         """A context in which autograd keeps `hidden` in host memory, and all else where it is."""
         if hidden.is_cuda and self._stream is None:
             self._stream = torch.cuda.Stream(hidden.device)
-        kind = hidden.shape, hidden.dtype  # the hooks live as long as the graph: they must not hold the tensor
+        kind = (
+            hidden.shape,
+            hidden.dtype,
+        )  # the hooks live as long as the graph: they must not hold the tensor
 
         def leave(tensor: torch.Tensor) -> Any:
             if (tensor.shape, tensor.dtype) != kind:
@@ -31,9 +34,7 @@ class HostInputs:
             self._latest = weakref.ref(kept)
             return kept
 
-        return saved_tensors_hooks(
-            leave, lambda kept: kept.come_back() if isinstance(kept, _Kept) else kept
-        )
+        return saved_tensors_hooks(leave, lambda kept: kept.come_back() if isinstance(kept, _Kept) else kept)
 
 
 class _Kept:

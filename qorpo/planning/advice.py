@@ -96,7 +96,10 @@ def _shorter_or_nothing(
     row_tokens = longest_row_that_fits(changed, counter.changed(changed), SMALLEST_CHUNK, room_bytes)
     max_length = (row_tokens + 1) // 2
     if max_length >= SHORTEST_USEFUL:
-        return [*_with_savings(recipe, counter, changes), f"data.max_length={max_length}: longer answers are cut"]
+        return [
+            *_with_savings(recipe, counter, changes),
+            f"data.max_length={max_length}: longer answers are cut",
+        ]
     needed = (_need_after(recipe, counter, changes) + CONTEXT_BYTES) / GIB
     return [
         f"no change of this recipe makes it fit: at its least it needs {needed:.1f} GiB; take a larger card, or a smaller model"

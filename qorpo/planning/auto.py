@@ -65,6 +65,13 @@ def _planned(recipe: Recipe, model: Any, longest: PairLengths) -> MemorySettings
     return settings
 
 
+def planned_bytes(recipe: Recipe, model: Any, longest: PairLengths) -> int:
+    """What `torch.cuda.max_memory_reserved` is to say of steps by a settled recipe."""
+    counter = _counter(recipe, model, longest)
+    settings = fixed_settings(recipe.memory, counter.num_layers, on_cuda=counter.on_cuda)
+    return reserved_bytes(counter.count(settings).peak.total_bytes)
+
+
 def advice_for(recipe: Recipe, model: Any, longest: PairLengths) -> str:
     """What to change in a settled recipe that ran out of memory."""
     try:

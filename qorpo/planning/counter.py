@@ -142,9 +142,7 @@ class StepCounter:
             else:
                 self.modes = [mode]
                 return step
-        raise ModelError(
-            f"{config.model_type}: no step of this model can be planned. " + "; ".join(failures)
-        )
+        raise ModelError(f"{config.model_type}: no step of this model can be planned. " + "; ".join(failures))
 
 
 def likely_modes(config: PretrainedConfig, attention: str, *, on_cuda: bool) -> list[Mode]:

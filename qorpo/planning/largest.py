@@ -47,7 +47,9 @@ def largest_rank_that_fits(recipe: Recipe, counter: StepCounter, chunk_tokens: i
     return largest_that_fits(need, start, int(guess), room_bytes, ceiling)
 
 
-def largest_that_fits(need: Callable[[int], int], start: int, guess: int, room_bytes: int, ceiling: int) -> int:
+def largest_that_fits(
+    need: Callable[[int], int], start: int, guess: int, room_bytes: int, ceiling: int
+) -> int:
     """The largest number whose need is within the room, or a little less; 0 where there is none.
 
     A need is the highest of several straight lines or bends upwards, so between two numbers that were counted a

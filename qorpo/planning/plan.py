@@ -37,7 +37,9 @@ class Plan:
     paged_gib: float  # optimizer states that leave the card when it is short
     memory: dict[str, Any]  # the recipe's memory section as it would be trained
     largest: dict[str, int]  # what fits with all that `auto` may do: microbatch_tokens, max_length, lora_rank
-    advice: list[str]  # what makes it fit, the cheapest first; where it fits by itself, what auto did for that
+    advice: list[
+        str
+    ]  # what makes it fit, the cheapest first; where it fits by itself, what auto did for that
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -77,9 +79,7 @@ def plan_budgets(
     config = load_config(
         recipe.model.path, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code
     )
-    counter = StepCounter(
-        config, recipe, longest=pair_of(2 * recipe.data.max_length - 1), on_cuda=True
-    )
+    counter = StepCounter(config, recipe, longest=pair_of(2 * recipe.data.max_length - 1), on_cuda=True)
     return [_plan(recipe, counter, budget_of(recipe) if gib is None else gib) for gib in budgets_gib]
 
 
@@ -114,7 +114,9 @@ def _plan(recipe: Recipe, counter: StepCounter, budget_gib: float) -> Plan:
         needed_gib=_gib(reserved + CONTEXT_BYTES),
         reserved_gib=_gib(reserved),
         peak_gib=_gib(step.peak.total_bytes),
-        by_kind={kind: _gib(size) for kind, size in sorted(step.peak.by_kind.items(), key=lambda item: -item[1])},
+        by_kind={
+            kind: _gib(size) for kind, size in sorted(step.peak.by_kind.items(), key=lambda item: -item[1])
+        },
         moment=step.stretch,
         where=step.peak.where,
         host_gib=_gib(step.host_bytes),

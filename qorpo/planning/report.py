@@ -19,13 +19,26 @@ def summary(plan: Plan) -> str:
     if plan.paged_gib:
         lines.append(f"optimizer states that may leave the card: {plan.paged_gib:.2f} GiB")
     lines.append("memory: " + ", ".join(f"{key}: {_plain(value)}" for key, value in plan.memory.items()))
-    lines.append("largest that fits: " + ", ".join(f"{key} {_largest(size)}" for key, size in plan.largest.items()))
+    lines.append(
+        "largest that fits: " + ", ".join(f"{key} {_largest(size)}" for key, size in plan.largest.items())
+    )
     return "\n".join([*lines, *(f"{'did' if plan.fits else 'do'}: {line}" for line in plan.advice)])
 
 
 def table(plans: Sequence[Plan]) -> str:
     """A row a plan."""
-    head = ("model", "GiB", "fits", "needs", "micro-batch", "chunk", "recomputed", "offload", "longest", "rank")
+    head = (
+        "model",
+        "GiB",
+        "fits",
+        "needs",
+        "micro-batch",
+        "chunk",
+        "recomputed",
+        "offload",
+        "longest",
+        "rank",
+    )
     rows = [head]
     for plan in plans:
         memory, largest = plan.memory, plan.largest

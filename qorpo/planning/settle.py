@@ -71,7 +71,9 @@ def frugal(memory: MemoryRecipe, counter: StepCounter, chunk_tokens: int) -> Mem
 
 def _may_offload(memory: MemoryRecipe, counter: StepCounter) -> bool:
     return (
-        memory.activation_offload == "auto" and counter.on_cuda and memory.activation_checkpointing is not False
+        memory.activation_offload == "auto"
+        and counter.on_cuda
+        and memory.activation_checkpointing is not False
     )
 
 

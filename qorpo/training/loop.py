@@ -29,7 +29,7 @@ from qorpo.training.checkpoint import TrainState, load_adapter, load_checkpoint,
 from qorpo.training.optim import make_optimizer, make_schedule
 from qorpo.training.progress import Progress
 from qorpo.training.run_folder import RunFolder
-from qorpo.training.step import OutOfMemory, StepTotals, run_step, within_memory
+from qorpo.training.step import StepTooLargeError, StepTotals, run_step, within_memory
 
 logger = logging.getLogger(__name__)
 
@@ -245,7 +245,7 @@ class Trainer:
         given = int(self.recipe.memory.microbatch_tokens)
         try:
             means, took = within_memory(attempt, pairs, given, undo=self.optimizer.zero_grad)
-        except OutOfMemory as error:
+        except StepTooLargeError as error:
             raise self._ended_for_memory(str(error)) from error
         if took != given:
             self.recipe = self.recipe.replace("memory.microbatch_tokens", took)

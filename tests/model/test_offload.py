@@ -14,7 +14,10 @@ from qorpo.model import offload as offload_module
 from qorpo.model.recompute import checkpoint_layers, decoder_layers
 from qorpo.model.scoring import PairScorer
 
-PAIRS = [TokenizedPair((5, 6, 7), (8, 9), (10, 11, 12, 13), "a:1"), TokenizedPair((3,), (4, 5, 6), (7, 8), "a:2")]
+PAIRS = [
+    TokenizedPair((5, 6, 7), (8, 9), (10, 11, 12, 13), "a:1"),
+    TokenizedPair((3,), (4, 5, 6), (7, 8), "a:2"),
+]
 
 
 def loss_and_gradients(model):
@@ -23,7 +26,10 @@ def loss_and_gradients(model):
     with scorer.attending():
         logps = scorer(pack_pairs(PAIRS))
         (logps.square() + logps).sum().backward()
-    return [logps.detach(), *(parameter.grad for parameter in model.parameters() if parameter.grad is not None)]
+    return [
+        logps.detach(),
+        *(parameter.grad for parameter in model.parameters() if parameter.grad is not None),
+    ]
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2-mixed-windows", "opt", "gpt2", "gemma3"])

@@ -64,7 +64,9 @@ def test_what_auto_became_is_saved_and_what_was_given_is_kept(recipe_dict):
     assert recomputed_layers(result.trainer) == [True, False]
 
 
-def test_a_model_that_can_not_be_planned_trains_with_fixed_values(recipe_dict, base, pairs_file, monkeypatch, caplog):
+def test_a_model_that_can_not_be_planned_trains_with_fixed_values(
+    recipe_dict, base, pairs_file, monkeypatch, caplog
+):
     def broken(*args, **kwargs):
         raise KeyError("no such layer")
 
@@ -99,7 +101,9 @@ def test_a_card_gives_what_is_free_within_the_budget(recipe_dict, monkeypatch):
     assert auto.free_bytes(more, device) == 73 * GIB - auto.LATER_BYTES
 
 
-@pytest.mark.parametrize(("budget", "fraction"), [("auto", None), (24, (24 - 0.6) / 80), (100, 1.0), (0.1, 0.0)])
+@pytest.mark.parametrize(
+    ("budget", "fraction"), [("auto", None), (24, (24 - 0.6) / 80), (100, 1.0), (0.1, 0.0)]
+)
 def test_a_card_is_capped_at_the_budget(monkeypatch, budget, fraction):
     card = Card(monkeypatch)
     auto.cap_card(budget, torch.device("cpu"))

@@ -76,7 +76,9 @@ def test_rows_are_filled_with_the_longest_pairs():
 # --- searching and settling ---
 
 
-@pytest.mark.parametrize(("room", "ceiling"), [(1_000, 10_000), (40, 10_000), (37, 10_000), (100_000, 500), (29, 99)])
+@pytest.mark.parametrize(
+    ("room", "ceiling"), [(1_000, 10_000), (40, 10_000), (37, 10_000), (100_000, 500), (29, 99)]
+)
 @pytest.mark.parametrize("guess", [11, 60, 5_000])
 def test_the_largest_that_fits(room, ceiling, guess):
     def need(number: int) -> int:

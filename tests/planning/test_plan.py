@@ -68,7 +68,9 @@ def test_8b_at_twice_2048_tokens_takes_at_most_10_gib_with_every_layer_recompute
     assert 7 * GIB < reserved_bytes(step.peak.total_bytes) <= 10 * GIB
     assert step.peak.by_kind["base weights, nf4"] == pytest.approx(0.5 * 6.98e9, rel=0.01)
     assert step.peak.by_kind["base weights, bfloat16"] == pytest.approx(2 * 2 * 128256 * 4096, rel=0.01)
-    assert step.peak.by_kind["adapters"] == step.peak.by_kind["gradients"] == pytest.approx(4 * 41.9e6, rel=0.01)
+    assert (
+        step.peak.by_kind["adapters"] == step.peak.by_kind["gradients"] == pytest.approx(4 * 41.9e6, rel=0.01)
+    )
 
 
 def test_8b_takes_a_pair_of_16k_tokens_on_24_gib():
@@ -105,7 +107,11 @@ def little(tmp_path):
     """A recipe's file, whose model is a config.json and nothing else."""
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps(LITTLE), encoding="utf-8")
-    recipe = {"model": {"path": str(tmp_path / "model")}, "data": {"train": "none.jsonl"}, "output": "runs/none"}
+    recipe = {
+        "model": {"path": str(tmp_path / "model")},
+        "data": {"train": "none.jsonl"},
+        "output": "runs/none",
+    }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     return tmp_path / "recipe.yaml"
 
@@ -116,9 +122,13 @@ def test_a_plan_by_config_alone_says_all_that_it_promises(little):
     assert plan.budget_gib == 2
     assert sum(plan.by_kind.values()) == pytest.approx(plan.peak_gib, abs=0.01)
     assert plan.peak_gib < plan.reserved_gib < plan.needed_gib <= 2
-    assert {"base weights, nf4", "base weights, bfloat16", "quantization constants", "adapters", "activations"} <= set(
-        plan.by_kind
-    )
+    assert {
+        "base weights, nf4",
+        "base weights, bfloat16",
+        "quantization constants",
+        "adapters",
+        "activations",
+    } <= set(plan.by_kind)
     assert plan.moment
     assert "/" in plan.where
     assert plan.memory == {
@@ -148,7 +158,12 @@ def test_advice_makes_it_fit_and_leaves_out_what_is_not_needed(little):
 
 
 def test_shorter_pairs_are_the_last_advice_and_too_small_a_card_has_none(little):
-    long = ("data.max_length=3000", "memory.activation_offload=false", "lora.rank=8", "model.quantization=nf4")
+    long = (
+        "data.max_length=3000",
+        "memory.activation_offload=false",
+        "lora.rank=8",
+        "model.quantization=nf4",
+    )
     plan = qorpo.plan(little, long, budget_gib=0.65)
     assert not plan.fits
     *_, last = plan.advice

@@ -134,16 +134,24 @@ def measured_bytes(case: Case, folder: Path) -> tuple[int, int]:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
             step()
         changes = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
-        levels = list(accumulate(event.nbytes() for event in sorted(changes, key=lambda event: event.start_ns())))
+        levels = list(
+            accumulate(event.nbytes() for event in sorted(changes, key=lambda event: event.start_ns()))
+        )
         if levels[-1] == 0:  # else the profiler has lost events, as it does now and then
             return standing, max(levels)
     raise AssertionError("the profiler lost events three times over")
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, (case.model, case.quantization, len(case.rows), case.recomputed))))
+@pytest.mark.parametrize(
+    "case",
+    CASES,
+    ids=lambda case: "-".join(map(str, (case.model, case.quantization, len(case.rows), case.recomputed))),
+)
 def test_the_planned_peak_is_the_measured_one(case, folder_of):
     folder = folder_of(case.model)
-    shape = StepShape(case.rows, case.accumulates, case.attention, 64, case.recomputed, offload=False, on_cuda=False)
+    shape = StepShape(
+        case.rows, case.accumulates, case.attention, 64, case.recomputed, offload=False, on_cuda=False
+    )
     planned = step_memory(AutoConfig.from_pretrained(folder), recipe_of(case), shape).peak
     standing, most = measured_bytes(case, folder)
     kinds = ("base weights", "quantization", "adapters", "optimizer", "buffers")
@@ -164,13 +172,18 @@ def test_the_stand_in_for_nf4_has_the_bytes_and_the_adapters_of_the_real_layers(
 
     def others(model):
         return {
-            name: (p.shape, p.dtype, p.requires_grad) for name, p in model.named_parameters() if p.dtype != torch.uint8
+            name: (p.shape, p.dtype, p.requires_grad)
+            for name, p in model.named_parameters()
+            if p.dtype != torch.uint8
         }
 
     assert others(real) == others(fake)
     state = real.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight.quant_state
     constants = fake.get_base_model().model.layers[0].mlp.up_proj.base_layer.nf4_constants
-    real_bytes = [state.absmax.nbytes, state.state2.absmax.nbytes + state.state2.code.nbytes + state.code.nbytes + 4]
+    real_bytes = [
+        state.absmax.nbytes,
+        state.state2.absmax.nbytes + state.state2.code.nbytes + state.code.nbytes + 4,
+    ]
     assert [tensor.nbytes for tensor in constants] == real_bytes
 
 

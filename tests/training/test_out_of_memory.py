@@ -12,7 +12,7 @@ from qorpo.data.pack import row_tokens, split_by_budget
 from qorpo.errors import RunError
 from qorpo.model.scoring import PairScorer
 from qorpo.recipe import load_recipe
-from qorpo.training.step import OutOfMemory, run_step, within_memory
+from qorpo.training.step import StepTooLargeError, run_step, within_memory
 
 assert ARCHITECTURES
 assert model
@@ -50,7 +50,12 @@ def step_within_memory(model, pairs, failing, microbatch_tokens):
     def attempt(tokens):
         failing.rows.clear()
         return run_step(
-            failing, pairs, objective_of("all", "token"), microbatch_tokens=tokens, device=CPU, backward=failing.backward
+            failing,
+            pairs,
+            objective_of("all", "token"),
+            microbatch_tokens=tokens,
+            device=CPU,
+            backward=failing.backward,
         )
 
     with failing.scorer.attending():
@@ -102,7 +107,7 @@ def test_where_the_longest_pair_alone_is_too_much_it_ends():
         attempts.append(tokens)
         raise torch.OutOfMemoryError(SHORTAGE)
 
-    with pytest.raises(OutOfMemory, match="CUDA out of memory"):
+    with pytest.raises(StepTooLargeError, match="CUDA out of memory"):
         within_memory(attempt, pairs, WHOLE)
     assert attempts[-1] == max(map(row_tokens, pairs))
 
@@ -156,9 +161,7 @@ def test_at_the_floor_a_run_ends_with_advice_and_a_checkpoint_to_go_on_from(make
         trainer.train()
     assert "the plan" in str(caught.value)
     assert str(trainer.folder.checkpoint(2)) in str(caught.value)
-    again = make_trainer(
-        train__max_steps=4, train__save_every=100, memory__microbatch_tokens=1
-    )
+    again = make_trainer(train__max_steps=4, train__save_every=100, memory__microbatch_tokens=1)
     again.folder = trainer.folder
     again.train(resume=True)
     assert [row["step"] for row in read_metrics(trainer.folder.path) if "loss" in row] == [1, 2, 3, 4]
