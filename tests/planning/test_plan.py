@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import PUBLISHED, published_config
+from published import PUBLISHED, published_config
 
 import qorpo
 from qorpo.errors import ModelError, RecipeError
@@ -244,8 +244,9 @@ def processor_seconds(command) -> tuple[float, str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "limit_s"), [("meta-llama/Llama-3.1-8B", 15), ("Qwen/Qwen2.5-32B", 30)])
-def test_a_plan_takes_seconds_and_little_memory(hub_folder, tmp_path, name, limit_s):
-    recipe = {"model": {"path": str(hub_folder(name))}, "data": {"train": "x"}, "output": "x"}
+def test_a_plan_takes_seconds_and_little_memory(tmp_path, name, limit_s):
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED[name]), encoding="utf-8")
+    recipe = {"model": {"path": str(tmp_path)}, "data": {"train": "x"}, "output": "x"}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     command = [
         sys.executable,
