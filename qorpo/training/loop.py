@@ -5,6 +5,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -222,7 +223,7 @@ class Trainer:
 
     @property
     def _longest_pair(self) -> PairLengths:
-        pair = max([*self.train_pairs, *self.eval_pairs], key=row_tokens)
+        pair = max(chain(self.train_pairs, self.eval_pairs), key=row_tokens)
         return PairLengths(len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids))
 
     def _within_memory(
