@@ -19,18 +19,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+RecipePath = Annotated[str, typer.Argument(help="A recipe in YAML, such as configs/demo.yaml.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY.SUB=VALUE", help="Changes to the recipe.")
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="A recipe in YAML, such as configs/demo.yaml.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY.SUB=VALUE", help="Changes to the recipe.")
-    ] = None,
+    recipe: RecipePath,
+    overrides: Overrides = None,
     resume: Annotated[
         bool,
         typer.Option("--resume", help="Go on with the run in the recipe's output, from its last checkpoint."),
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Train adapters on preference pairs, and leave a folder that explains the run."""
     from qorpo.training.progress import ConsoleProgress
@@ -56,23 +60,21 @@ def train(
 
 @app.command()
 def data(
-    recipe: Annotated[str, typer.Argument(help="A recipe in YAML, such as configs/demo.yaml.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY.SUB=VALUE", help="Changes to the recipe.")
-    ] = None,
+    recipe: RecipePath,
+    overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
     show: Annotated[int, typer.Option(min=0, help="Pairs to show as the model sees them.")] = 0,
     output: Annotated[
         Path | None, typer.Option(help="Also write all this as .html, or the histograms as .png.")
     ] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Say what a recipe's data holds: kept, dropped and why, lengths, and pairs as the model sees them."""
     _log_to(Console(stderr=True), logging.WARNING)
     _quiet_bars_where_no_terminal()
     from qorpo.data.inspect import as_dict, show_pairs
+    from qorpo.data.report import draw, save
     from qorpo.recipe import load_recipe
-    from qorpo.report.data import draw, save
     from qorpo.training.data import chat_format_of, load_data
 
     settings = load_recipe(recipe, overrides or [])
@@ -122,7 +124,7 @@ def merge(
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Read .bin weights too (tensors only, no code).")
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Merge a run's adapter into its base, tensor by tensor, and verify the result."""
     console = Console(stderr=True)
@@ -163,7 +165,7 @@ def plan(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the plan as JSON, a list where several.")
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Say whether a recipe's training fits a card, and what to change if not; needs no GPU, weights or data."""
     from qorpo.planning.plan import plan_budgets, read_budgets

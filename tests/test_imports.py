@@ -28,7 +28,6 @@ HEIGHTS = {
     "demo": 1,
     "recipe": 1,
     "objectives": 2,
-    "report": 2,
     "model": 2,
     "training": 3,
     "planning": 3,

@@ -1,13 +1,19 @@
 """The recipe: what is read, what is refused and in which words, and what `auto` becomes."""
 
+import dataclasses
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import yaml
 
+from qorpo import recipe as recipe_module
+from qorpo.data.shapes import SHAPES, RankedPairs
+from qorpo.data.sources import Source
+from qorpo.data.tokenize import Limits
 from qorpo.errors import RecipeError
 from qorpo.recipe import FIELDS, MemoryRecipe, Recipe, load_recipe, resolve
 
@@ -555,3 +561,14 @@ def test_a_source_may_say_more_than_its_path(tmp_path):
     assert problems({**LEAST, "data": {"train": [{"path": "a", "weight": 0}]}})[0].startswith(
         "data.train: got"
     )
+
+
+def test_the_recipe_names_what_the_data_rooms_know():
+    assert get_args(recipe_module.Shape) == tuple(shape.name for shape in SHAPES)
+    assert get_args(recipe_module.RankedPairs) == get_args(RankedPairs)
+    assert {field.name for field in dataclasses.fields(Source)} == set(
+        recipe_module.SourceRecipe.model_fields
+    )
+    limits = get_type_hints(Limits)
+    assert get_args(recipe_module.LongPrompts) == get_args(limits["long_prompts"])
+    assert get_args(recipe_module.LongResponses) == get_args(limits["long_responses"])

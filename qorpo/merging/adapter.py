@@ -275,7 +275,7 @@ class Adapter:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 return PeftModel(skeleton.model, config, adapter_name=NAME, low_cpu_mem_usage=True)
-        except (ValueError, KeyError, TypeError, NotImplementedError) as error:
+        except (ValueError, KeyError, TypeError, NotImplementedError) as error:  # PEFT's ways to refuse
             raise ModelError(f"{self.folder}: does not fit the base: {str(error).splitlines()[0]}") from error
 
     def _misfits(

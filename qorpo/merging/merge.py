@@ -18,7 +18,6 @@ from qorpo.merging.output import (
     whole_folder,
     write_card,
     write_files,
-    write_json,
 )
 from qorpo.merging.plan import Onto, Plan, make_plan
 from qorpo.merging.shards import write_shards
@@ -32,6 +31,7 @@ from qorpo.merging.verify import (
     verify_merged,
 )
 from qorpo.recipe import ObjectiveRecipe
+from qorpo.training.run_folder import write_json
 
 logger = logging.getLogger(__name__)
 

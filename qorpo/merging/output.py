@@ -14,6 +14,7 @@ import yaml
 
 from qorpo.errors import RunError
 from qorpo.merging.source import Base, Trained
+from qorpo.training.run_folder import flush, write_json
 
 MARGIN_BYTES = 64 << 20  # tokenizer, configuration, and what a file system takes for itself
 WEIGHTS = re.compile(
@@ -56,11 +57,11 @@ def whole_folder(output: Path) -> Iterator[Path]:
             partial.mkdir(parents=True)
             yield partial
             for path in [*partial.rglob("*"), partial]:
-                _flush(path)
+                flush(path)
             if output.exists():
                 output.rmdir()  # empty, as was checked; else this fails and nothing is lost
             partial.rename(output)
-            _flush(output.absolute().parent)
+            flush(output.absolute().parent)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -157,22 +158,5 @@ def _last_evaluation(metrics: Path) -> dict[str, float]:
     return min(rows, key=lambda row: row["eval_loss"], default={})
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    unfinished.replace(path)
-
-
 def gib(num_bytes: float) -> str:
     return f"{num_bytes / 2**30:.2f} GiB"
-
-
-def _flush(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():
-        return  # Windows opens no folders
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
-from qorpo.data.pack import pack_pairs, split_by_budget
+from qorpo.data.pack import row_tokens
 from qorpo.data.sources import load_pairs
 from qorpo.data.tokenize import ChatFormat, TokenizedPair, tokenize_pairs
 from qorpo.merging.adapter import Adapter
@@ -24,9 +24,10 @@ from qorpo.model.adapters import compute_in_base_type, output_head
 from qorpo.model.load import load_model, load_tokenizer
 from qorpo.model.scoring import PairScorer, logit_scale, logit_softcap
 from qorpo.model.selfcheck import make_scorer
+from qorpo.ops.log_probs import next_token_logps
 from qorpo.recipe import DataRecipe, ObjectiveRecipe, Recipe
 from qorpo.training.data import limits_of, load_data
-from qorpo.training.step import StepTotals, pair_losses
+from qorpo.training.step import run_step
 
 ROW_TOKENS = 2048
 CHUNK_TOKENS = 128
@@ -45,7 +46,7 @@ THRESHOLDS = {
 class Comparison:
     """How far the merged model is from the adapter on a base.
 
-    `figures`: the mean and the worst KL divergence of next-token distributions over the responses' tokens, in nats,
+    `figures`: the mean and the worst KL divergence of next-token distributions over the scored tokens, in nats,
     from the adapter on its base to the merged model, and the changes of the held-out metrics.
     """
 
@@ -68,7 +69,7 @@ class Verification:
     """Comparisons with the adapter on the weights it was merged onto, and on those it was trained on."""
 
     pairs: int
-    tokens: int
+    tokens: int  # scored: the responses', and the prompts' where the run's NLL is over them
     comparisons: list[Comparison]
 
     @property
@@ -115,7 +116,7 @@ def evaluation_pairs(
 
 def memory_needed(parameters: int, vocabulary: int, hidden: int, pairs: Sequence[TokenizedPair]) -> int:
     """Bytes that verifying takes: a model in bfloat16, two heads in float32, hidden states, and room to work."""
-    scored = sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in pairs)
+    scored = sum(map(row_tokens, pairs))  # the prompts too, where the run's NLL is over them
     heads = 2 * 4 * vocabulary * hidden
     working = 6 * 4 * CHUNK_TOKENS * vocabulary + (1 << 30)
     return 2 * parameters + heads + 2 * scored * hidden + working
@@ -148,7 +149,6 @@ def verify_merged(
         "allow_pickle": True,
     }
     scores = _Scores.of(load_model(str(merged), quantization="none", **options), pairs, objective)
-    tokens = sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in pairs)
     comparisons = []
     for quantization in references:
         model = load_model(str(base.folder), quantization=quantization, **options)
@@ -156,7 +156,7 @@ def verify_merged(
         del model
         name = "adapter on the NF4 base" if quantization == "nf4" else "adapter on the original base"
         comparisons.append(reference.compared_with(scores, name, judged=quantization == references[0]))
-    return Verification(len(pairs), tokens, comparisons)
+    return Verification(len(pairs), len(scores.hidden_SH), comparisons)
 
 
 def unverifiable(adapters: Sequence[Adapter]) -> str | None:
@@ -220,27 +220,21 @@ class _Scores:
         model.eval()
         scorer = _KeepingScorer(model, make_scorer(model).mode)
         scorer.hidden = []
-        totals = StepTotals.of(pairs, objective)
-        sums: dict[str, float] = {}
         with scorer.attending():
-            for row in split_by_budget(pairs, ROW_TOKENS):
-                packed = pack_pairs(row).to(model.device)
-                for name, value_P in pair_losses(scorer(packed), packed, objective, totals).metrics.items():
-                    sums[name] = sums.get(name, 0.0) + value_P.sum().item()
+            means = run_step(scorer, pairs, objective, microbatch_tokens=ROW_TOKENS, device=model.device)
         head, config = output_head(model), model.config.get_text_config()
         return cls(
-            {name: value / len(pairs) for name, value in sums.items()},
+            {name: value.item() for name, value in means.items()},
             torch.cat(scorer.hidden), head.weight.detach().float(),
             None if head.bias is None else head.bias.detach().float(), logit_scale(config), logit_softcap(config),
         )  # fmt: skip
 
     def log_probs(self, start: int) -> torch.Tensor:
         """(C, V) of the next CHUNK_TOKENS scored places."""
-        hidden_CH = self.hidden_SH[start : start + CHUNK_TOKENS].to(self.weight_VH)
-        logits_CV = F.linear(hidden_CH, self.weight_VH, self.bias_V) * self.scale
-        if self.softcap is not None:
-            logits_CV = self.softcap * torch.tanh(logits_CV / self.softcap)
-        return logits_CV.log_softmax(-1)
+        return next_token_logps(
+            self.hidden_SH[start : start + CHUNK_TOKENS].to(self.weight_VH), self.weight_VH,
+            bias=self.bias_V, logit_scale=self.scale, logit_softcap=self.softcap,
+        )  # fmt: skip
 
     @torch.no_grad()
     def compared_with(self, merged: "_Scores", reference: str, *, judged: bool) -> Comparison:

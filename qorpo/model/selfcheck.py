@@ -61,14 +61,18 @@ def candidates(model: Any) -> Sequence[Mode]:
     plain: list[Mode] = ["sdpa", "dense", "unshared"]
     if model.device.type != "cuda" or model.dtype not in (torch.float16, torch.bfloat16):
         return plain
-    config = model.config.get_text_config()
     kernels: list[Mode] = []
     if importlib.util.find_spec("flash_attn"):
         kernels.append("flash")
-    drops = getattr(config, "attention_dropout", 0.0) or getattr(config, "attn_pdrop", 0.0)
-    if not drops and getattr(config, "attn_logit_softcapping", None) is None:
+    if varlen_has_all(model.config.get_text_config()):
         kernels.append("varlen")
     return [*kernels, *plain]
+
+
+def varlen_has_all(config: Any) -> bool:
+    """Whether PyTorch's variable-length kernel has what a model's attention needs: no dropout, no soft cap."""
+    drops = getattr(config, "attention_dropout", 0.0) or getattr(config, "attn_pdrop", 0.0)
+    return not drops and getattr(config, "attn_logit_softcapping", None) is None
 
 
 def own_logps(model: Any, packed: PackedPairs) -> torch.Tensor:

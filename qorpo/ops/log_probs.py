@@ -85,12 +85,27 @@ def token_logps_plain(
     logit_softcap: float | None = None,
 ) -> torch.Tensor:
     """The slow twin of `token_logps`: all logits at once, gradients by autograd. Same arguments and result."""
+    logps_SV = next_token_logps(
+        hidden, weight, bias=bias, logit_scale=logit_scale, logit_softcap=logit_softcap
+    )
+    return logps_SV.gather(-1, targets[:, None]).squeeze(-1)
+
+
+def next_token_logps(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+) -> torch.Tensor:
+    """(S, V) log-probs of every next token; arguments as of `token_logps`."""
     bias = None if bias is None else bias.to(hidden.dtype)
     logits_SV = F.linear(hidden, weight.to(hidden.dtype), bias)
     logits_SV = logits_SV.to(_accumulation_dtype(hidden)) * logit_scale
     if logit_softcap is not None:
         logits_SV = logit_softcap * torch.tanh(logits_SV / logit_softcap)
-    return logits_SV.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
+    return logits_SV.log_softmax(-1)
 
 
 class _FrozenHead(torch.autograd.Function):

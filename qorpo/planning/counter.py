@@ -11,6 +11,7 @@ from qorpo.data.pack import PairLengths
 from qorpo.errors import ModelError
 from qorpo.model.recompute import decoder_layers
 from qorpo.model.scoring import Mode
+from qorpo.model.selfcheck import varlen_has_all
 from qorpo.planning.fake_model import make_fake_model, shortened
 from qorpo.planning.step_memory import HEAD, StepMemory, StepShape, step_memory
 from qorpo.recipe import Recipe
@@ -157,9 +158,7 @@ def likely_modes(config: PretrainedConfig, attention: str, *, on_cuda: bool) -> 
     if attention != "auto":
         # flash-attn need not be installed here; PyTorch's own kernel keeps the same tensors.
         return ["varlen" if attention == "flash" else attention]  # type: ignore[list-item]
-    text = config.get_text_config()
-    drops = getattr(text, "attention_dropout", 0.0) or getattr(text, "attn_pdrop", 0.0)
-    has_kernel = on_cuda and not drops and getattr(text, "attn_logit_softcapping", None) is None
+    has_kernel = on_cuda and varlen_has_all(config.get_text_config())
     return [*(["varlen"] if has_kernel else []), "sdpa", "dense", "unshared"]  # type: ignore[list-item]
 
 

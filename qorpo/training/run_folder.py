@@ -54,15 +54,11 @@ class RunFolder:
     def write_json(self, name: str, content: Any) -> None:
         with self.writing():
             self.path.mkdir(parents=True, exist_ok=True)
-            unfinished = self.path / f".{name}.unfinished"
-            unfinished.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            unfinished.replace(self.path / name)
+            write_json(self.path / name, content)
 
     def write_recipe(self, text: str) -> None:
         with self.writing():
-            unfinished = self.path / f".{self.recipe.name}.unfinished"
-            unfinished.write_text(text, encoding="utf-8")
-            unfinished.replace(self.recipe)
+            write_text(self.recipe, text)
 
     def append_metrics(self, rows: list[dict[str, Any]]) -> None:
         with self.writing(), self.metrics.open("a", encoding="utf-8") as file:
@@ -80,9 +76,7 @@ class RunFolder:
             except (ValueError, KeyError, TypeError):
                 break
         with self.writing():
-            unfinished = self.metrics.with_suffix(".unfinished")
-            unfinished.write_text("".join(kept), encoding="utf-8")
-            unfinished.replace(self.metrics)
+            write_text(self.metrics, "".join(kept))
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step}"
@@ -116,11 +110,11 @@ class RunFolder:
             try:
                 yield unfinished
                 for file in (file for file in unfinished.rglob("*") if file.is_file()):
-                    _flush(file)
+                    flush(file)
                 if path.exists():
                     shutil.rmtree(path)
                 unfinished.rename(path)
-                _flush(path.parent)
+                flush(path.parent)
             except BaseException:
                 shutil.rmtree(unfinished, ignore_errors=True)
                 raise
@@ -162,7 +156,19 @@ def _existing(path: Path) -> Path:
     return path if path.exists() else _existing(path.absolute().parent)
 
 
-def _flush(path: Path) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def flush(path: Path) -> None:
+    """Have a file, or a folder's list of names, on disk before going on."""
     if os.name == "nt" and path.is_dir():
         return  # Windows opens no folders, and its renames last without it
     descriptor = os.open(path, os.O_RDONLY)

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+import torch.nn.functional as F
 from architectures import SHARED, build
 from lora_folders import add_adapter, load, save_base
 from safetensors.torch import load_file, save_file
@@ -58,6 +59,23 @@ def test_the_divergence_is_that_of_the_models_own_logits(name):
     assert chosen[0].shape == (6,)
     assert comparison.figures["nll"] == pytest.approx(comparison.after["nll"] - comparison.before["nll"])
     assert comparison.figures["nll"] == -comparison.figures["chosen_logps"]
+
+
+@pytest.mark.parametrize("average", ["sequence", "token"])
+def test_prompts_count_where_the_run_learned_them(average):
+    """`nll_tokens: all`: their tokens are in the NLL as in training, and compared as well."""
+    model = build("llama").float()
+    scores = _Scores.of(model, PAIRS, ObjectiveRecipe(nll_tokens="all", nll_average=average))
+    whole = [torch.tensor([pair.prompt_ids + pair.chosen_ids]) for pair in PAIRS]
+    with torch.no_grad():
+        own = [
+            F.cross_entropy(model(ids).logits[0, :-1].double(), ids[0, 1:], reduction="none") for ids in whole
+        ]
+    nll = torch.stack([each.mean() for each in own]) if average == "sequence" else torch.cat(own)
+    assert scores.metrics["nll"] == pytest.approx(nll.mean().item(), rel=1e-5)
+    prompts = sum(len(pair.prompt_ids) - 1 for pair in PAIRS)
+    responses = sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in PAIRS)
+    assert len(scores.hidden_SH) == responses + prompts
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 import qorpo
-from qorpo.report.data import REASONS
+from qorpo.data.report import REASONS
 
 
 @pytest.fixture
