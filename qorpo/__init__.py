@@ -3,6 +3,7 @@
 import importlib
 import logging
 import os
+import sys
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ if TYPE_CHECKING:
     from qorpo.data.sources import load_pairs
     from qorpo.objectives.orpo import orpo_loss
     from qorpo.ops.log_probs import token_logps
+    from qorpo.planning.plan import plan
     from qorpo.training.loop import Trainer
     from qorpo.training.run import train
 
@@ -22,16 +24,21 @@ warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", categ
 # length, so they would all be new. 48 hold what one row asks for again.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "48")
 
+# Rows differ in length, so blocks of fixed size would not fit the next ones; read as CUDA starts.
+if sys.platform == "linux" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+    os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
 # Resolved on first use, so that `import qorpo` and `qorpo --help` don't wait for torch.
 _HOMES = {
     "Trainer": "qorpo.training.loop",
     "load_pairs": "qorpo.data.sources",
     "orpo_loss": "qorpo.objectives.orpo",
+    "plan": "qorpo.planning.plan",
     "token_logps": "qorpo.ops.log_probs",
     "train": "qorpo.training.run",
 }
 
-__all__ = ["Trainer", "load_pairs", "orpo_loss", "token_logps", "train"]
+__all__ = ["Trainer", "load_pairs", "orpo_loss", "plan", "token_logps", "train"]
 
 
 def __getattr__(name: str) -> Any:

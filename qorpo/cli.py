@@ -88,6 +88,38 @@ def data(
         Console().print(draw(found, shown))
 
 
+@app.command()
+def plan(
+    recipes: Annotated[
+        list[str],
+        typer.Argument(metavar="RECIPE... [KEY.SUB=VALUE...]", help="Recipes in YAML, and changes to them."),
+    ],
+    budgets: Annotated[
+        str | None, typer.Option("--budgets", metavar="GIB,GIB,…", help="Cards to plan for: 12,16,24,48.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the plan as JSON, a list where several.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Say whether a recipe's training fits a card, and what to change if not; needs no GPU, weights or data."""
+    from qorpo.planning.plan import plan_budgets, read_budgets
+    from qorpo.planning.report import summary, table
+
+    overrides = [argument for argument in recipes if "=" in argument]
+    plans = [
+        found
+        for recipe in recipes
+        if recipe not in overrides
+        for found in plan_budgets(recipe, overrides, budgets_gib=read_budgets(budgets))
+    ]
+    if as_json:
+        found = [each.to_dict() for each in plans]
+        typer.echo(json.dumps(found[0] if len(found) == 1 else found, indent=2, ensure_ascii=False))
+    else:
+        typer.echo(summary(plans[0]) if len(plans) == 1 else table(plans))
+
+
 def main() -> None:
     """Run the command line: 2 for what the user can mend, 1 for a fault of qorpo's own, 130 when interrupted."""
     try:

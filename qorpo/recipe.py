@@ -76,6 +76,9 @@ Whole = Annotated[int, BeforeValidator(_number)]
 Real = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_number)]
 Count = Annotated[Whole, Field(ge=1), expects("a whole number of at least 1")]
 AutoCount = Annotated[Auto | Count, expects("auto, or a whole number of at least 1")]
+AutoLayers = Annotated[
+    Auto | StrictBool | Count, expects("auto, true, false, or how many layers, from the first")
+]
 Seed = Annotated[Whole, Field(ge=0, lt=2**32), expects("a whole number from 0 to 4294967295")]
 Positive = Annotated[Real, Field(gt=0), expects("a number above 0")]
 AutoPositive = Annotated[Auto | Positive, expects("auto, or a number above 0")]
@@ -233,10 +236,16 @@ class TrainRecipe(_Keys):
 
 
 class MemoryRecipe(_Keys):
-    microbatch_tokens: AutoCount = key("auto", "Tokens in a forward pass; auto: 4096 on CUDA, else 2048.")
-    logprob_chunk_tokens: AutoCount = key("auto", "Tokens with logits at once; auto: 512 on CUDA, else 256.")
-    activation_checkpointing: AutoFlag = key(
-        "auto", "Recompute layers in backward, saving memory; auto: true."
+    budget_gib: AutoPositive = key(
+        "auto", "Memory to stay within, CUDA's own included; auto: all that is free on the card."
+    )
+    microbatch_tokens: AutoCount = key("auto", "Tokens in a forward pass; auto: planned, 4096 at most.")
+    logprob_chunk_tokens: AutoCount = key("auto", "Tokens with logits at once; auto: planned, 512 at most.")
+    activation_checkpointing: AutoLayers = key(
+        "auto", "Recompute layers in backward: true, false, or how many; auto: as many as the plan needs."
+    )
+    activation_offload: AutoFlag = key(
+        "auto", "Keep recomputed layers' inputs in host memory; auto: only where the plan needs it."
     )
 
 
@@ -464,26 +473,26 @@ def resolve(
     device_type: str,
     installed: Callable[[str], bool] | None = None,
 ) -> Recipe:
-    """A copy with every `auto` replaced but model.attention, which is settled as the model loads.
+    """A copy with every `auto` replaced but model.attention and memory's, which are settled as the model loads.
 
     `device_type` is torch's ("cuda", "cpu", …). `installed` tells whether a module can be imported. Raises RecipeError where the recipe needs one that can't.
     """
     installed = installed or _importable
-    cuda = device_type == "cuda"
     meaning = {
         "model.quantization": "nf4",
         "train.learning_rate": 1e-4,
         "train.optimizer": "paged_adamw_8bit",
         "train.report_to": ["tensorboard"] if installed("tensorboard") else [],
-        "memory.microbatch_tokens": 4096 if cuda else 2048,
-        "memory.logprob_chunk_tokens": 512 if cuda else 256,
-        "memory.activation_checkpointing": True,
     }
     for key, value in recipe.values():
         if value == "auto" and key in meaning:
             recipe = recipe.replace(key, meaning[key])
 
     problems = []
+    if recipe.memory.activation_offload is True and device_type != "cuda":
+        problems.append(
+            f"memory.activation_offload: true needs a CUDA device, and this is {device_type}; set it to auto"
+        )
     for tracker in recipe.train.report_to:
         if not installed(tracker):
             package = "'qorpo[tracking]'" if tracker in ("tensorboard", "wandb") else tracker

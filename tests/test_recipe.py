@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from qorpo.errors import RecipeError
-from qorpo.recipe import FIELDS, Recipe, load_recipe, resolve
+from qorpo.recipe import FIELDS, MemoryRecipe, Recipe, load_recipe, resolve
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
 LEAST = {"model": {"path": "demo"}, "data": {"train": "demo"}, "output": "runs/x"}
@@ -94,9 +94,11 @@ def test_three_keys_make_a_recipe_and_the_rest_has_the_documented_defaults():
             "report_to": "auto",
         },
         "memory": {
+            "budget_gib": "auto",
             "microbatch_tokens": "auto",
             "logprob_chunk_tokens": "auto",
             "activation_checkpointing": "auto",
+            "activation_offload": "auto",
         },
         "output": "runs/x",
     }
@@ -293,7 +295,7 @@ def test_an_unknown_key_near_nothing_comes_with_its_sections_keys():
         ("model.revision=2024-01-01", "got 2024-01-01; expected text (quote a number or a date)"),
         ("model.trust_remote_code=1", "got 1; expected true or false"),
         ("memory.microbatch_tokens=0", "got 0; expected auto, or a whole number of at least 1"),
-        ("memory.activation_checkpointing=maybe", "got 'maybe'; expected auto, true or false"),
+        ("memory.activation_checkpointing=maybe", "got 'maybe'; expected auto, true, false, or how many layers, from the first"),
         ("train=5", "got 5; expected a section, with keys of its own"),
     ],
 )  # fmt: skip
@@ -433,10 +435,8 @@ def test_every_key_has_a_description_of_one_line():
 # --- what auto stands for ---
 
 
-@pytest.mark.parametrize(
-    ("device_type", "tokens", "chunk"), [("cuda", 4096, 512), ("cpu", 2048, 256), ("mps", 2048, 256)]
-)
-def test_resolve_replaces_every_auto_but_the_attention(device_type, tokens, chunk):
+@pytest.mark.parametrize("device_type", ["cuda", "cpu", "mps"])
+def test_resolve_replaces_every_auto_but_what_is_settled_as_the_model_loads(device_type):
     recipe = load_recipe(LEAST)
     resolved = resolve(recipe, device_type=device_type, installed=lambda module: True)
     assert {line.partition(" in ")[0] + line.partition(",")[2] for line in recipe.differences(resolved)} == {
@@ -444,12 +444,17 @@ def test_resolve_replaces_every_auto_but_the_attention(device_type, tokens, chun
         "train.learning_rate: 'auto' 0.0001 now",
         "train.optimizer: 'auto' 'paged_adamw_8bit' now",
         "train.report_to: 'auto' ['tensorboard'] now",
-        f"memory.microbatch_tokens: 'auto' {tokens} now",
-        f"memory.logprob_chunk_tokens: 'auto' {chunk} now",
-        "memory.activation_checkpointing: 'auto' true now",
     }
-    assert [key for key in FIELDS if value(key, resolved) == "auto"] == ["model.attention"]
-    assert resolve(resolved, device_type="cuda", installed=lambda module: True) == resolved
+    memory = [f"memory.{key}" for key in MemoryRecipe.model_fields]
+    assert [key for key in FIELDS if value(key, resolved) == "auto"] == ["model.attention", *memory]
+    assert resolve(resolved, device_type=device_type, installed=lambda module: True) == resolved
+
+
+def test_offload_needs_a_cuda_device():
+    recipe = load_recipe(LEAST, ["memory.activation_offload=true"])
+    assert resolve(recipe, device_type="cuda").memory.activation_offload is True
+    with pytest.raises(RecipeError, match=r"memory\.activation_offload: true needs a CUDA device, and this is cpu"):
+        resolve(recipe, device_type="cpu")
 
 
 def test_resolve_keeps_what_was_said():
@@ -471,10 +476,10 @@ def test_resolve_keeps_what_was_said():
 def test_the_descriptions_say_what_auto_becomes():
     resolved = resolve(load_recipe(LEAST), device_type="cuda", installed=lambda module: True)
     for key in FIELDS:
-        if value(key, load_recipe(LEAST)) != "auto" or key == "model.attention":
-            continue
         became = value(key, resolved)
-        text = {1e-4: "1e-4", True: "true"}.get(became) if not isinstance(became, list) else became[0]
+        if value(key, load_recipe(LEAST)) != "auto" or became == "auto":
+            continue
+        text = {1e-4: "1e-4"}.get(became) if not isinstance(became, list) else became[0]
         assert f"auto: {text or became}" in FIELDS[key].description
 
 

@@ -375,3 +375,11 @@ def largest_token_id(pairs: Sequence[TokenizedPair]) -> int:
     if isinstance(pairs, TokenizedPairs):
         return pairs.largest_token_id()
     return max((max(*p.prompt_ids, *p.chosen_ids, *p.rejected_ids) for p in pairs), default=-1)
+
+
+def longest_pair(pairs: Sequence[TokenizedPair]) -> tuple[int, int, int]:
+    """Token counts of prompt, chosen and rejected of the pair with most of them."""
+    if isinstance(pairs, TokenizedPairs):
+        lengths = pairs.lengths()
+        return tuple(lengths[lengths.sum(1).argmax()].tolist())
+    return max(((len(p.prompt_ids), len(p.chosen_ids), len(p.rejected_ids)) for p in pairs), key=sum)

@@ -258,10 +258,10 @@ def dense_mask(packed: PackedPairs, dtype: torch.dtype, window: int | None = Non
     0 where token j may attend to i, the type's lowest value elsewhere. Costs T² memory a micro-batch.
     """
     device = packed.input_ids.device
-    part_lengths = torch.tensor(packed.lengths).flatten()
-    part_T = torch.repeat_interleave(torch.arange(len(part_lengths)), part_lengths).to(
-        device
-    )  # 3·pair + side
+    part_lengths, num_tokens = torch.tensor(packed.lengths).flatten(), packed.input_ids.shape[1]
+    part_T = torch.repeat_interleave(  # 3·pair + side
+        torch.arange(len(part_lengths)), part_lengths, output_size=num_tokens
+    ).to(device)
     position_T = packed.position_ids[0]
     same_part = part_T[:, None] == part_T
     own_prompt = (part_T[:, None] // 3 == part_T // 3) & (part_T % 3 == 0)

@@ -53,6 +53,23 @@ def load_tokenizer(
         raise ModelError(f"{source}: no tokenizer could be loaded: {_first_line(error)}") from error
 
 
+def load_config(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The configuration of a model folder, a hub id or `demo`; no weights are needed.
+
+    Raises:
+        ModelError: where there is none to be had.
+    """
+    source = _source(path)
+    if Path(source).is_dir():
+        _check_config(Path(source))
+    else:
+        _ask_hub_once(source, revision)
+    try:
+        return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        raise ModelError(f"{source}: the model could not be loaded: {_first_line(error)}") from error
+
+
 def load_model(
     path: str,
     *,
@@ -74,14 +91,14 @@ def load_model(
     Raises:
         ModelError: where the folder or id holds no model that can be read, with what to do.
     """
+    config = load_config(path, revision=revision, trust_remote_code=trust_remote_code)
     source = _source(path)
     if Path(source).is_dir():
-        _check_folder(Path(source), allow_pickle)
+        _check_weights_there(Path(source), allow_pickle)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
-        config = AutoConfig.from_pretrained(source, **options)
         if quantization == "nf4":
-            options["quantization_config"] = _nf4_config(config)
+            options["quantization_config"] = nf4_config(config)
         if not allow_pickle:
             options["use_safetensors"] = True
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -133,13 +150,16 @@ def _ask_hub_once(name: str, revision: str | None) -> None:
         ) from error
 
 
-def _check_folder(folder: Path, allow_pickle: bool) -> None:
+def _check_config(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder}: no config.json; give a folder that transformers can open")
     try:
         json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise ModelError(f"{folder / 'config.json'}: not JSON: {error}") from error
+
+
+def _check_weights_there(folder: Path, allow_pickle: bool) -> None:
     if any(folder.glob("*.safetensors")):
         return
     if not any(folder.glob("*.bin")):
@@ -168,7 +188,8 @@ def _check_weights(source: str, model: nn.Module, missing: Collection[str]) -> N
             )
 
 
-def _nf4_config(config: Any) -> Any:
+def nf4_config(config: Any) -> Any:
+    """How every base is quantized: NF4 with double quantization, computed in bfloat16."""
     from transformers import BitsAndBytesConfig
 
     if getattr(config, "quantization_config", None) is not None:

@@ -4,7 +4,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from accelerate.utils import ProjectConfiguration
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from qorpo.data.prepare import largest_token_id
+from qorpo.data.pack import PairLengths
+from qorpo.data.prepare import largest_token_id, longest_pair
 from qorpo.data.records import PreferencePair
 from qorpo.data.tokenize import ChatFormat, Tokenized, TokenizedPair, tokenize_pairs
 from qorpo.errors import ModelError, RunError
@@ -23,13 +24,14 @@ from qorpo.model.adapters import attach_lora
 from qorpo.model.load import keep_nf4_trainable, read_chat_template
 from qorpo.model.recompute import checkpoint_layers
 from qorpo.model.selfcheck import make_scorer
+from qorpo.planning.auto import advice_for, cap_card, settle_memory
 from qorpo.recipe import DataRecipe, Recipe, resolve
 from qorpo.training.checkpoint import TrainState, load_adapter, load_checkpoint, save_adapter, save_checkpoint
 from qorpo.training.data import limits_of
 from qorpo.training.optim import make_optimizer, make_schedule
 from qorpo.training.progress import Progress
 from qorpo.training.run_folder import RunFolder
-from qorpo.training.step import StepTotals, run_step
+from qorpo.training.step import OutOfMemory, StepTotals, run_step, within_memory
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +62,8 @@ class Trainer:
         *,
         progress: Progress | None = None,
     ):
-        self.recipe = recipe = resolve(recipe, device_type=model.device.type)
+        recipe = resolve(recipe, device_type=model.device.type)
+        cap_card(recipe.memory.budget_gib, model.device)
         self.tokenizer = tokenizer
         self.progress = progress or Progress()
         self.folder = RunFolder(recipe.output)
@@ -87,10 +90,14 @@ class Trainer:
             model, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout,
             targets=lora.targets, modules_to_save=lora.modules_to_save,
         )  # fmt: skip
-        scorer = make_scorer(self.model, recipe.model.attention, int(recipe.memory.logprob_chunk_tokens))
-        self.recipe = recipe.replace("model.attention", scorer.mode)
-        if recipe.memory.activation_checkpointing:
-            checkpoint_layers(self.model)
+        scorer = make_scorer(self.model, recipe.model.attention)
+        recipe = recipe.replace("model.attention", scorer.mode)
+        self.recipe = recipe = settle_memory(recipe, self.model, self._longest_pair)
+        memory = recipe.memory
+        scorer.chunk_tokens = int(memory.logprob_chunk_tokens)
+        if layers := memory.activation_checkpointing:
+            offload = memory.activation_offload is True
+            checkpoint_layers(self.model, None if layers is True else int(layers), offload=offload)
 
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         if not self.trained:
@@ -189,8 +196,8 @@ class Trainer:
             raise RunError("no evaluation pairs; set data.eval, or give Trainer eval_pairs")
         started = time.perf_counter()
         self.model.eval()
-        with torch.no_grad(), self._unwrapped.attending():
-            means = run_step(self.scorer, self.eval_pairs, self.recipe.objective, **self._step_options)
+        with torch.no_grad():
+            means = self._within_memory(self.eval_pairs)
         metrics = {f"eval_{name}": value.item() for name, value in means.items()}
         seconds = time.perf_counter() - started
         return metrics | {"eval_pairs_per_second": len(self.eval_pairs) / seconds}
@@ -217,25 +224,58 @@ class Trainer:
         return self.accelerator.unwrap_model(self.scorer)
 
     @property
-    def _step_options(self) -> dict[str, Any]:
-        return {"microbatch_tokens": self.recipe.memory.microbatch_tokens, "device": self.accelerator.device}
+    def _longest_pair(self) -> PairLengths:
+        longest = [longest_pair(pairs) for pairs in (self.train_pairs, self.eval_pairs) if pairs]
+        return PairLengths(*max(longest, key=sum))
+
+    def _within_memory(
+        self,
+        pairs: Sequence[TokenizedPair],
+        backward: Callable[[torch.Tensor], None] | None = None,
+        seed: int | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """`run_step` on the pairs, in smaller micro-batches from then on where memory runs out."""
+
+        def attempt(microbatch_tokens: int) -> dict[str, torch.Tensor]:
+            if seed is not None:
+                torch.manual_seed(seed)
+            with self._unwrapped.attending():
+                return run_step(
+                    self.scorer, pairs, self.recipe.objective, backward=backward,
+                    microbatch_tokens=microbatch_tokens, device=self.accelerator.device,
+                )  # fmt: skip
+
+        given = int(self.recipe.memory.microbatch_tokens)
+        try:
+            means, took = within_memory(attempt, pairs, given, undo=self.optimizer.zero_grad)
+        except OutOfMemory as error:
+            raise self._ended_for_memory(str(error)) from error
+        if took != given:
+            self.recipe = self.recipe.replace("memory.microbatch_tokens", took)
+            if self.folder.recipe.exists():
+                self.folder.write_recipe(self.recipe.to_yaml())
+        return means
+
+    def _ended_for_memory(self, shortage: str) -> RunError:
+        """What to say when no smaller micro-batch helps; the run so far is saved."""
+        if self.state.step not in self.folder.checkpoint_steps():
+            self._checkpoint()
+        advice = advice_for(self.recipe, self.model, self._longest_pair)
+        return RunError(
+            f"step {self.state.step + 1}: out of memory with one pair a micro-batch ({shortage}); {advice}; "
+            f"{self.folder.checkpoint(self.state.step)} holds the run so far: change memory's keys and go on with "
+            "--resume, or start anew with the others changed"
+        )
 
     def _step(self) -> None:
         """One optimizer step; its metrics stay on the device until the next flush."""
         settings = self.recipe.train
         started = time.perf_counter()
         pairs = self.pairs_of_step(self.state.step)
-        # Every step draws its dropout from the seed and its own number: a resumed run needs no random state.
-        torch.manual_seed(_mixed(settings.seed, self.state.step + 1))
         self.model.train()
-        with self._unwrapped.attending():
-            means = run_step(
-                self.scorer,
-                pairs,
-                self.recipe.objective,
-                backward=self.accelerator.backward,
-                **self._step_options,
-            )
+        # Every step draws its dropout from the seed and its own number: a resumed run needs no random state.
+        seed = _mixed(settings.seed, self.state.step + 1)
+        means = self._within_memory(pairs, self.accelerator.backward, seed)
         grad_norm = self.accelerator.clip_grad_norm_(self.trained, settings.max_grad_norm or math.inf)
         learning_rate = self.schedule.get_last_lr()[0]
         self.optimizer.step()

@@ -18,6 +18,7 @@ from accelerate import PartialState
 from qorpo.data.prepare import PreparedData
 from qorpo.errors import RunError
 from qorpo.model.load import load_model
+from qorpo.planning.auto import cap_card
 from qorpo.recipe import Recipe, load_recipe, resolve
 from qorpo.training.data import chat_format_of, load_data
 from qorpo.training.loop import Trainer
@@ -28,7 +29,8 @@ logger = logging.getLogger(__name__)
 
 # What may change from a run to its resumption without changing its result, but for the draws of dropout.
 MAY_CHANGE = (
-    "output", "memory.microbatch_tokens", "memory.logprob_chunk_tokens", "memory.activation_checkpointing",
+    "output", "memory.budget_gib", "memory.microbatch_tokens", "memory.logprob_chunk_tokens",
+    "memory.activation_checkpointing", "memory.activation_offload",
     "train.log_every", "train.keep_checkpoints", "train.report_to",
 )  # fmt: skip
 PACKAGES = (
@@ -88,6 +90,7 @@ def train(
     data = load_data(recipe, chat)
     if resume:
         check_same_data(folder, data)
+    cap_card(recipe.memory.budget_gib, device)
     model = load_model(
         recipe.model.path,
         revision=recipe.model.revision,
@@ -141,10 +144,7 @@ def write_down(folder: RunFolder, recipe: Recipe, model: Any, data: PreparedData
     """What explains the run, before its first step; the recipe last, since it marks the folder as a run's."""
     folder.write_json("data.json", data.as_dict())
     folder.write_json("environment.json", environment(model))
-    with folder.writing():
-        unfinished = folder.path / f".{folder.recipe.name}.unfinished"
-        recipe.save(unfinished)
-        unfinished.replace(folder.recipe)
+    folder.write_recipe(recipe.to_yaml())
 
 
 def environment(model: Any) -> dict[str, Any]:

@@ -58,6 +58,12 @@ class RunFolder:
             unfinished.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
             unfinished.replace(self.path / name)
 
+    def write_recipe(self, text: str) -> None:
+        with self.writing():
+            unfinished = self.path / f".{self.recipe.name}.unfinished"
+            unfinished.write_text(text, encoding="utf-8")
+            unfinished.replace(self.recipe)
+
     def append_metrics(self, rows: list[dict[str, Any]]) -> None:
         with self.writing(), self.metrics.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)

@@ -4,15 +4,26 @@ Loss and gradient are those of the whole step, whatever the split: pairs are ave
 token-averaged terms over the step's tokens, both counted before the first backward. Legend: P pairs, S scored tokens.
 """
 
+import gc
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 
 from qorpo.data.pack import PackedPairs, pack_pairs, row_tokens, split_by_budget
 from qorpo.data.tokenize import TokenizedPair
 from qorpo.objectives.orpo import ObjectiveOutput, orpo_loss
 from qorpo.recipe import ObjectiveRecipe
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class OutOfMemory(Exception):
+    """Memory ran out although each micro-batch that is as long as any held one pair."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +73,49 @@ def run_step(
         for name, value_P in output.metrics.items():
             sums[name] = sums.get(name, 0.0) + value_P.sum()
     return {name: value / totals.pairs for name, value in sums.items()}
+
+
+def within_memory(
+    attempt: Callable[[int], T],
+    pairs: Sequence[TokenizedPair],
+    microbatch_tokens: int,
+    undo: Callable[[], None] = lambda: None,
+) -> tuple[T, int]:
+    """`attempt(microbatch_tokens)`, and for as long as memory runs out in it, the whole again with half the tokens.
+
+    Args:
+        attempt: what scores all of `pairs` in micro-batches of at most so many tokens.
+        undo: takes back what a broken attempt left, such as gradients of its first micro-batches.
+
+    Returns:
+        What `attempt` gave, and the tokens with which it succeeded.
+
+    Raises:
+        OutOfMemory: where smaller micro-batches would be no smaller, since the longest pair alone is as long.
+    """
+    longest_pair = max(map(row_tokens, pairs))
+    while True:
+        try:
+            return attempt(microbatch_tokens), microbatch_tokens
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            shortage = str(error).splitlines()[0]
+        # Out of the except clause, whose traceback holds the broken attempt's tensors.
+        undo()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        rows = split_by_budget(pairs, microbatch_tokens)
+        longest_row = max(sum(map(row_tokens, row)) for row in rows)
+        if longest_row == longest_pair:
+            raise OutOfMemory(shortage)
+        smaller = max(longest_row // 2, longest_pair)
+        logger.warning(
+            "out of memory in micro-batches of %d tokens (%s); the step is done again in micro-batches of %d",
+            longest_row, shortage, smaller,
+        )  # fmt: skip
+        microbatch_tokens = smaller
 
 
 def pair_losses(

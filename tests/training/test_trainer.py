@@ -60,7 +60,8 @@ def gradients(trainer):
     with trainer._unwrapped.attending():
         run_step(
             trainer.scorer, trainer.train_pairs[:10], trainer.recipe.objective,
-            backward=trainer.accelerator.backward, **trainer._step_options,
+            backward=trainer.accelerator.backward, device=trainer.accelerator.device,
+            microbatch_tokens=trainer.recipe.memory.microbatch_tokens,
         )  # fmt: skip
     found = {
         name: weight.grad.clone()

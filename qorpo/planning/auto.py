@@ -1,0 +1,111 @@
+"""The plan at work in a run: memory's `auto` settled for a loaded model, the card capped, advice when memory runs out."""
+
+import copy
+import logging
+from typing import Any
+
+import torch
+
+from qorpo.data.pack import PairLengths
+from qorpo.model.recompute import decoder_layers
+from qorpo.planning.advice import advise
+from qorpo.planning.counter import MemorySettings, StepCounter
+from qorpo.planning.settle import (
+    CONTEXT_BYTES,
+    GIB,
+    fixed_settings,
+    memory_keys,
+    reserved_bytes,
+    settle,
+)
+from qorpo.recipe import Recipe
+
+logger = logging.getLogger(__name__)
+
+LATER_BYTES = int(0.25 * GIB)
+"""What libraries load onto a card after the model, at their first calls; stated, not measured by qorpo yet."""
+
+
+def settle_memory(recipe: Recipe, model: Any, longest: PairLengths) -> Recipe:
+    """The recipe with every `auto` of its memory section but the budget replaced: by the plan, for what is free.
+
+    Off CUDA, where nothing but a budget bounds it, and where a model can't be planned, by fixed values.
+
+    Args:
+        model: loaded, with adapters; where it is decides what is free.
+        longest: the longest pair of the data.
+    """
+    memory, on_cuda = recipe.memory, model.device.type == "cuda"
+    if "auto" not in memory.model_dump(exclude={"budget_gib"}).values():
+        return recipe
+    num_layers = len(decoder_layers(model))
+    settings = fixed_settings(memory, num_layers, on_cuda=on_cuda)
+    if on_cuda or memory.budget_gib != "auto":
+        try:
+            settings = _planned(recipe, model, longest)
+        except Exception as error:  # a model like no other: a plan helps, but training can do without
+            logger.warning("memory: no plan can be made of this model (%s); fixed values are taken", error)
+    keys = memory_keys(settings, num_layers)
+    logger.info("memory: %s", ", ".join(f"{key} {str(value).lower()}" for key, value in keys.items()))
+    for key, value in keys.items():
+        recipe = recipe.replace(f"memory.{key}", value)
+    return recipe
+
+
+def _planned(recipe: Recipe, model: Any, longest: PairLengths) -> MemorySettings:
+    counter, room_bytes = _counter(recipe, model, longest), free_bytes(recipe, model.device)
+    settings = settle(recipe.memory, counter, room_bytes)
+    needed = reserved_bytes(counter.peak_bytes(settings))
+    level = logging.INFO if needed <= room_bytes else logging.WARNING
+    logger.log(
+        level, "memory: planned %.2f GiB of %.2f%s", needed / GIB, room_bytes / GIB,
+        "" if needed <= room_bytes else ", which does not fit: " + _together(recipe, counter, settings, room_bytes),
+    )  # fmt: skip
+    return settings
+
+
+def advice_for(recipe: Recipe, model: Any, longest: PairLengths) -> str:
+    """What to change in a settled recipe that ran out of memory."""
+    try:
+        counter = _counter(recipe, model, longest)
+        settings = fixed_settings(recipe.memory, counter.num_layers, on_cuda=counter.on_cuda)
+        return _together(recipe, counter, settings, free_bytes(recipe, model.device))
+    except Exception:  # as above
+        return "lower data.max_length or lora.rank, or take a larger card"
+
+
+def _together(recipe: Recipe, counter: StepCounter, settings: MemorySettings, room_bytes: int) -> str:
+    needed = reserved_bytes(counter.peak_bytes(settings))
+    if needed <= room_bytes:
+        return f"the plan is {needed / GIB:.2f} GiB of {room_bytes / GIB:.2f}; set memory.budget_gib lower, to leave more free"
+    return "the plan advises " + "; ".join(advise(recipe, counter, settings, room_bytes))
+
+
+def _counter(recipe: Recipe, model: Any, longest: PairLengths) -> StepCounter:
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # what the loaded model is, the fake one becomes
+    quantization = "nf4" if getattr(model, "is_loaded_in_4bit", False) else "none"
+    return StepCounter(
+        config, recipe.replace("model.quantization", quantization), longest=longest,
+        on_cuda=model.device.type == "cuda", dtype=model.dtype,
+    )  # fmt: skip
+
+
+def free_bytes(recipe: Recipe, device: torch.device) -> int:
+    """What PyTorch's allocator may reserve: what is free or its own already, within the recipe's budget."""
+    budget_gib = recipe.memory.budget_gib
+    if device.type != "cuda":
+        assert budget_gib != "auto"
+        return int(budget_gib * GIB)
+    free, _ = torch.cuda.mem_get_info(device)
+    room_bytes = free + torch.cuda.memory_reserved(device) - LATER_BYTES
+    return room_bytes if budget_gib == "auto" else min(room_bytes, int(budget_gib * GIB) - CONTEXT_BYTES)
+
+
+def cap_card(budget_gib: float | str, device: torch.device) -> None:
+    """Let PyTorch reserve no more of a CUDA card than the budget leaves beside CUDA's own share."""
+    if device.type == "cuda" and not isinstance(budget_gib, str):
+        total = torch.cuda.get_device_properties(device).total_memory
+        share = (budget_gib * GIB - CONTEXT_BYTES) / total
+        torch.cuda.set_per_process_memory_fraction(min(max(share, 0.0), 1.0), device)

@@ -1,0 +1,166 @@
+"""Peaks of one recipe's step under any memory settings: counted over every layer, or estimated from a few."""
+
+import copy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from qorpo.data.pack import PairLengths
+from qorpo.errors import ModelError
+from qorpo.model.recompute import decoder_layers
+from qorpo.model.scoring import Mode
+from qorpo.planning.fake_model import make_fake_model, shortened
+from qorpo.planning.step_memory import StepMemory, StepShape, step_memory
+from qorpo.recipe import Recipe
+
+FEW_LAYERS = 6
+"""Models of no more layers are always counted whole."""
+
+
+@dataclass(frozen=True)
+class MemorySettings:
+    """What the recipe's memory section comes to, once nothing in it is `auto`."""
+
+    microbatch_tokens: int
+    chunk_tokens: int
+    recomputed_layers: int  # from the first layer on
+    offload: bool
+
+
+class StepCounter:
+    """Counts steps of a model that trains by a recipe.
+
+    Args:
+        config: the model's.
+        recipe: resolved; its memory section is not read.
+        longest: the longest pair there can be; rows are filled with pairs as long.
+        dtype: of the base's weights that are not quantized.
+        modes: ways to attend, of which the first that the model takes is counted; None: as its load would try them.
+    """
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        recipe: Recipe,
+        *,
+        longest: PairLengths,
+        modes: list[Mode] | None = None,
+        on_cuda: bool,
+        dtype: torch.dtype = torch.bfloat16,
+    ):
+        self.config, self.recipe, self.longest = config, recipe, longest
+        self.on_cuda, self.dtype = on_cuda, dtype
+        self.modes = modes or likely_modes(config, recipe.model.attention, on_cuda=on_cuda)
+        model, _ = make_fake_model(config, recipe)
+        layers = decoder_layers(model)
+        shapes = [[parameter.shape for parameter in layer.parameters()] for layer in layers]
+        self.num_layers = len(layers)
+        # Else layers of the model are not what its config counts, or not worth the same.
+        self.can_shorten = len(layers) == config.get_text_config().num_hidden_layers and all(
+            shape == shapes[0] for shape in shapes
+        )
+        self.num_trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+        self._counted: dict[tuple[Any, ...], StepMemory] = {}
+
+    def changed(self, recipe: Recipe | None = None, longest: PairLengths | None = None) -> "StepCounter":
+        """The same for another recipe (its rank, optimizer, quantization) or another longest pair."""
+        other = copy.copy(self)
+        other.recipe, other.longest = recipe or self.recipe, longest or self.longest
+        other._counted = {}
+        return other
+
+    def rows(self, settings: MemorySettings) -> tuple[PairLengths, ...]:
+        """The pairs of the largest micro-batch there can be: the longest, and another in what room they leave."""
+        num_whole, left = divmod(settings.microbatch_tokens, sum(self.longest))
+        rows = [self.longest] * max(1, num_whole)
+        if num_whole and left >= 3:
+            rows.append(pair_of(left))
+        return tuple(rows[: self.recipe.train.pairs_per_step])
+
+    def count(self, settings: MemorySettings) -> StepMemory:
+        """The step of the whole model."""
+        return self._count(settings, self.num_layers)
+
+    def peak_bytes(self, settings: MemorySettings) -> int:
+        """The step's peak, from `peaks`."""
+        return max(self.peaks(settings).values())
+
+    def peaks(self, settings: MemorySettings) -> dict[str, int]:
+        """Bytes by stretch of the step, estimated from models of two to four layers.
+
+        Equal layers need the same each, so each stretch named by `layer_place` grows in a line with the layers that
+        are recomputed and with those that are kept. Small models, and those of unequal layers, are counted whole.
+        """
+        recomputed, kept = settings.recomputed_layers, self.num_layers - settings.recomputed_layers
+        if self.num_layers <= FEW_LAYERS or not self.can_shorten:
+            return _bytes(self.count(settings))
+        few_recomputed, few_kept = min(recomputed, 2), min(kept, 1 if recomputed else 2)
+
+        def of(recomputed: int, kept: int) -> dict[str, int]:
+            short = replace(settings, recomputed_layers=recomputed)
+            return _bytes(self._count(short, recomputed + kept))
+
+        few = of(few_recomputed, few_kept)
+        total = dict(few)
+        for more, bigger in (
+            (recomputed - few_recomputed, (few_recomputed + 1, few_kept)),
+            (kept - few_kept, (few_recomputed, few_kept + 1)),
+        ):
+            if more:
+                one_more = of(*bigger)
+                total = {name: size + more * (one_more[name] - few[name]) for name, size in total.items()}
+        return total
+
+    def _count(self, settings: MemorySettings, num_layers: int) -> StepMemory:
+        rows = self.rows(settings)
+        key = rows, replace(settings, microbatch_tokens=0), num_layers
+        if key not in self._counted:
+            self._counted[key] = self._count_anew(rows, settings, shortened(self.config, num_layers))
+        return self._counted[key]
+
+    def _count_anew(
+        self, rows: tuple[PairLengths, ...], settings: MemorySettings, config: PretrainedConfig
+    ) -> StepMemory:
+        failures = []
+        for mode in self.modes:
+            shape = StepShape(
+                rows=rows,
+                accumulates=len(rows) < self.recipe.train.pairs_per_step,
+                attention=mode,
+                chunk_tokens=settings.chunk_tokens,
+                recomputed_layers=settings.recomputed_layers,
+                offload=settings.offload,
+                on_cuda=self.on_cuda,
+                dtype=self.dtype,
+            )
+            try:
+                step = step_memory(config, self.recipe, shape)
+            except (ModelError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+                failures.append(f"{mode}: {str(error).strip().splitlines()[0]}")
+            else:
+                self.modes = [mode]
+                return step
+        raise ModelError(f"{config.model_type}: no step of this model can be planned. " + "; ".join(failures))
+
+
+def likely_modes(config: PretrainedConfig, attention: str, *, on_cuda: bool) -> list[Mode]:
+    """Ways of attending in the order in which the check at load tries them."""
+    if attention != "auto":
+        # flash-attn need not be installed here; PyTorch's own kernel keeps the same tensors.
+        return ["varlen" if attention == "flash" else attention]  # type: ignore[list-item]
+    text = config.get_text_config()
+    drops = getattr(text, "attention_dropout", 0.0) or getattr(text, "attn_pdrop", 0.0)
+    has_kernel = on_cuda and not drops and getattr(text, "attn_logit_softcapping", None) is None
+    return [*(["varlen"] if has_kernel else []), "sdpa", "dense", "unshared"]  # type: ignore[list-item]
+
+
+def _bytes(step: StepMemory) -> dict[str, int]:
+    return {name: peak.total_bytes for name, peak in step.peaks.items()}
+
+
+def pair_of(row_tokens: int) -> PairLengths:
+    """The pair of so many row tokens that needs most: next to no prompt, so that most of its tokens are scored."""
+    answers = row_tokens - 1
+    return PairLengths(1, answers - answers // 2, answers // 2)

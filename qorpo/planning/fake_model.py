@@ -1,0 +1,139 @@
+"""A model of a config's shape whose tensors take no memory: fake ones, which know shape, type and place alone.
+
+The model, its quantized layers and its adapters are made by the libraries' own code on PyTorch's meta device, so that
+which layers are quantized or adapted is never guessed; then every parameter becomes a fake tensor on the CPU (a fake
+CUDA one aborts on a build without CUDA). bitsandbytes' 4-bit weights can't be fake: `_NF4Linear` stands in for them.
+"""
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from qorpo.model.adapters import attach_lora
+from qorpo.model.load import nf4_config
+from qorpo.recipe import Recipe
+
+# bitsandbytes' NF4: so many weights have one absmax, and so many absmaxes, themselves in 8 bits, have one of their own.
+WEIGHTS_PER_ABSMAX, ABSMAXES_PER_SCALE = 64, 256
+
+
+def shortened(config: PretrainedConfig, num_layers: int) -> PretrainedConfig:
+    """The same model with its first `num_layers` layers."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None)
+    text.num_hidden_layers = num_layers
+    if kinds is not None:
+        text.layer_types = kinds[:num_layers]
+    return config
+
+
+def make_fake_model(
+    config: PretrainedConfig, recipe: Recipe, dtype: torch.dtype = torch.bfloat16
+) -> tuple[Any, FakeTensorMode]:
+    """A PEFT model of fake tensors, as `load_model` and `attach_lora` leave the real one, and the mode it lives in."""
+    lora, quantized = recipe.lora, recipe.model.quantization == "nf4"
+    config = copy.deepcopy(config)  # what quantizes it writes it there
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=recipe.model.trust_remote_code
+        )
+    if quantized:
+        from transformers.quantizers import AutoHfQuantizer
+
+        quantizer = AutoHfQuantizer.from_config(nf4_config(config), pre_quantized=False)
+        quantizer.preprocess_model(model, device_map={"": "meta"})
+        quantizer.postprocess_model(model)
+    model.requires_grad_(False)
+    with torch.device("meta"):
+        peft_model = attach_lora(
+            model, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout,
+            targets=lora.targets, modules_to_save=lora.modules_to_save,
+        )  # fmt: skip
+    mode = FakeTensorMode()
+    if quantized:
+        with mode:
+            _stand_in_for_nf4(peft_model)
+    _make_fake(peft_model, mode)
+    return peft_model, mode
+
+
+def _make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
+    """Every parameter and buffer off the meta device; tied ones stay one."""
+    made: dict[int, torch.Tensor] = {}
+
+    def fake(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in made:
+            shell = FakeTensor(mode, tensor.detach(), torch.device("cpu"))
+            made[id(tensor)] = (
+                nn.Parameter(shell, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else shell
+            )
+        return made[id(tensor)]
+
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and not isinstance(tensor, FakeTensor):
+                    tensors[name] = fake(tensor)  # type: ignore[assignment]
+
+
+def _stand_in_for_nf4(model: nn.Module) -> None:
+    from bitsandbytes.nn import Linear4bit
+
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, Linear4bit):
+                setattr(parent, name, _NF4Linear(child))
+
+
+class _NF4Linear(nn.Module):
+    """The bytes and the steps of bitsandbytes' Linear4bit: unpacks its weight in forward, and again in backward."""
+
+    def __init__(self, layer: Any):
+        super().__init__()
+        self.shape = (layer.out_features, layer.in_features)
+        self.compute_dtype = layer.compute_dtype
+        num_absmaxes = -(-layer.out_features * layer.in_features // WEIGHTS_PER_ABSMAX)
+        packed = torch.empty((layer.out_features * layer.in_features + 1) // 2, 1, dtype=torch.uint8)
+        self.weight = nn.Parameter(packed, requires_grad=False)
+        self.register_buffer("absmax", torch.empty(num_absmaxes, dtype=torch.uint8))
+        scales = -(-num_absmaxes // ABSMAXES_PER_SCALE)
+        codes = 256 + 16 + 1  # the 8-bit and the 4-bit values that there are, and the absmaxes' mean
+        self.register_buffer("absmax_scales", torch.empty(scales + codes))
+        self.bias = None
+        if layer.bias is not None:
+            bias = torch.empty(layer.out_features, dtype=torch.bfloat16)
+            self.bias = nn.Parameter(bias, requires_grad=False)
+
+    @property
+    def nf4_constants(self) -> list[torch.Tensor]:
+        return [self.absmax, self.absmax_scales]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        product = _NF4Product.apply(x.to(self.compute_dtype), self.weight, self.absmax, self.shape, self.bias)
+        return product.to(x.dtype)
+
+
+class _NF4Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, packed, absmax, shape, bias):
+        ctx.save_for_backward(packed, absmax)
+        ctx.shape = shape
+        return F.linear(x, _unpacked(absmax, shape, x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        _, absmax = ctx.saved_tensors
+        return upstream @ _unpacked(absmax, ctx.shape, upstream.dtype), None, None, None, None
+
+
+def _unpacked(absmax: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+    absmax_float32 = absmax.float()  # alive until the weight is unpacked
+    weight = absmax_float32.new_empty(shape, dtype=dtype)
+    del absmax_float32
+    return weight

@@ -1,0 +1,126 @@
+"""Bytes of tensors alive at any moment, by what they are and by who made them; on real tensors and on fake ones."""
+
+import sys
+import weakref
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+BLOCK = 512
+"""CUDA's caching allocator hands out multiples of this many bytes."""
+
+HOST = "host"
+"""The kind of what is kept in host memory, beside the device's total."""
+
+_SAME_TO_MEMORY = {torch.ops.aten._unsafe_view.default: torch.ops.aten.view.default}
+
+_HERE = str(Path(__file__).parent)
+_TORCH = str(Path(torch.__file__).parent)
+# What is made while a function of this file is running is of this kind, whatever else is going on.
+_KIND_OF_FILE = {"ops/log_probs.py": "head", "model/attention.py": "attention"}
+_KIND_OF_FUNCTION = {"host_room": HOST}
+
+
+@dataclass
+class Peak:
+    """The most bytes alive at once during one stretch of a step."""
+
+    total_bytes: int = 0
+    by_kind: dict[str, int] = field(default_factory=dict)
+    where: str = ""
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts every storage from the operation that made it until it is freed.
+
+    `kind` and `stretch` name what is being made now; whoever runs the step sets them. Tensors there before are told
+    of by `add`. Scratch space inside an operation is not seen: PyTorch's own kernels take little of it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kind = "activations"
+        self.stretch = ""
+        self.peaks: dict[str, Peak] = {}
+        self.host_peak = 0
+        self._total = 0
+        self._by_kind: Counter[str] = Counter()
+        self._living: dict[int, tuple[weakref.ref[Any], str, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:
+            return args[0].fake_device
+        # The same to memory, and fake tensors remember the one and work the other out anew each time.
+        func = _SAME_TO_MEMORY.get(func, func)
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self._note(leaf)
+        return result
+
+    def add(self, tensors: Iterable[torch.Tensor], kind: str) -> None:
+        """Count `tensors` as `kind` from now on, whatever they were counted as before."""
+        for tensor in tensors:
+            key = tensor.untyped_storage()._cdata
+            if key in self._living:
+                self._forget(key)
+            self._note(tensor, kind)
+
+    def _note(self, tensor: torch.Tensor, kind: str | None = None) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._living:
+            return
+        size = -(-storage.nbytes() // BLOCK) * BLOCK
+        if size == 0:
+            return
+        frame = sys._getframe(2)
+        kind = kind or _kind_of(frame) or self.kind
+        self._living[key] = weakref.ref(storage, lambda _: self._forget(key)), kind, size
+        self._by_kind[kind] += size
+        if kind == HOST:
+            self.host_peak = max(self.host_peak, self._by_kind[HOST])
+            return
+        self._total += size
+        peak = self.peaks.get(self.stretch)
+        if peak is None or self._total > peak.total_bytes:
+            by_kind = {name: size for name, size in self._by_kind.items() if size and name != HOST}
+            self.peaks[self.stretch] = Peak(self._total, by_kind, _place(frame))
+
+    def _forget(self, key: int) -> None:
+        _, kind, size = self._living.pop(key)
+        self._by_kind[kind] -= size
+        if kind != HOST:
+            self._total -= size
+
+
+def _kind_of(frame: FrameType | None) -> str | None:
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name in _KIND_OF_FUNCTION:
+            return _KIND_OF_FUNCTION[code.co_name]
+        for ending, kind in _KIND_OF_FILE.items():
+            if code.co_filename.endswith(ending):
+                return kind
+        frame = frame.f_back
+    return None
+
+
+def _place(frame: FrameType | None) -> str:
+    """The innermost line outside torch and this package, and the node of autograd that is running, where one is."""
+    node = torch._C._current_autograd_node()
+    running = f" ({node.name()})" if node is not None else ""
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if not name.startswith((_TORCH, _HERE)):
+            path = Path(name)
+            return f"{path.parent.name}/{path.name}:{frame.f_lineno} {frame.f_code.co_name}{running}"
+        frame = frame.f_back
+    return running.strip()

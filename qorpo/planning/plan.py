@@ -1,0 +1,148 @@
+"""What a recipe will need in memory, before anything is downloaded: `plan`."""
+
+import importlib.util
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from qorpo.errors import RecipeError
+from qorpo.model.load import load_config
+from qorpo.planning.advice import advise
+from qorpo.planning.counter import StepCounter, pair_of
+from qorpo.planning.largest import largest_rank_that_fits, longest_row_that_fits
+from qorpo.planning.settle import CONTEXT_BYTES, GIB, memory_keys, reserved_bytes, settle
+from qorpo.recipe import Recipe, load_recipe, resolve
+
+DEFAULT_BUDGET_GIB = 24.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One training step's memory on one card, in GiB."""
+
+    model: str
+    budget_gib: float
+    fits: bool
+    needed_gib: float  # of the card: what the allocator reserves, and CUDA's own share
+    reserved_gib: float  # what torch.cuda.max_memory_reserved is to say
+    peak_gib: float  # the tensors alive at the step's peak
+    by_kind: dict[str, float]  # what they are
+    moment: str  # the stretch of the step that the peak is in
+    where: str  # the line of code, and the node of autograd
+    host_gib: float  # pinned host memory: offloaded inputs of layers
+    paged_gib: float  # optimizer states that leave the card when it is short
+    memory: dict[str, Any]  # the recipe's memory section as it would be trained
+    largest: dict[str, int]  # what fits with all that `auto` may do: microbatch_tokens, max_length, lora_rank
+    advice: list[
+        str
+    ]  # what makes it fit, the cheapest first; where it fits by itself, what auto did for that
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def plan(
+    recipe: Recipe | Mapping[str, Any] | str | os.PathLike[str],
+    overrides: Sequence[str] = (),
+    *,
+    budget_gib: float | None = None,
+) -> Plan:
+    """Count a recipe's training step on a CUDA card of `budget_gib`, on any machine; a config.json is enough.
+
+    Pairs are taken to be the longest that data.max_length allows: next to no prompt, two answers.
+
+    Args:
+        recipe: a Recipe, a mapping of its keys, or a YAML file.
+        overrides: `key.sub=value` changes.
+        budget_gib: the card's memory; None: memory.budget_gib, else this machine's card, else 24.
+
+    Raises:
+        RecipeError, ModelError: a recipe that doesn't hold together, or a model that has no config.json to be had.
+    """
+    return plan_budgets(recipe, overrides, budgets_gib=[budget_gib])[0]
+
+
+def plan_budgets(
+    recipe: Recipe | Mapping[str, Any] | str | os.PathLike[str],
+    overrides: Sequence[str] = (),
+    *,
+    budgets_gib: Sequence[float | None],
+) -> list[Plan]:
+    """`plan` for several cards; what they share is counted once."""
+    if not isinstance(recipe, Recipe) or overrides:
+        recipe = load_recipe(recipe.to_dict() if isinstance(recipe, Recipe) else recipe, overrides)
+    recipe = resolve(recipe, device_type="cuda", installed=_is_there)
+    config = load_config(
+        recipe.model.path, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code
+    )
+    counter = StepCounter(config, recipe, longest=pair_of(2 * recipe.data.max_length - 1), on_cuda=True)
+    return [_plan(recipe, counter, _budget(recipe) if gib is None else gib) for gib in budgets_gib]
+
+
+def read_budgets(text: str | None) -> list[float | None]:
+    """Budgets as the command line gives them, "12,16,24"; None stands for the recipe's own.
+
+    Raises:
+        RecipeError: where one is no number above 0.
+    """
+    if text is None:
+        return [None]
+    try:
+        budgets = [float(part) for part in text.split(",")]
+    except ValueError:
+        budgets = []
+    if not budgets or not all(0 < gib < math.inf for gib in budgets):
+        raise RecipeError(f"--budgets: got {text!r}; give GiB above 0, such as 12,16,24")
+    return [*budgets]
+
+
+def _plan(recipe: Recipe, counter: StepCounter, budget_gib: float) -> Plan:
+    room_bytes = int(budget_gib * GIB) - CONTEXT_BYTES
+    settings = settle(recipe.memory, counter, room_bytes)
+    step = counter.count(settings)
+    reserved = reserved_bytes(step.peak.total_bytes)
+    row_tokens = longest_row_that_fits(recipe, counter, settings.chunk_tokens, room_bytes)
+    positions = getattr(counter.config.get_text_config(), "max_position_embeddings", None)
+    return Plan(
+        model=recipe.model.path,
+        budget_gib=budget_gib,
+        fits=reserved <= room_bytes,
+        needed_gib=_gib(reserved + CONTEXT_BYTES),
+        reserved_gib=_gib(reserved),
+        peak_gib=_gib(step.peak.total_bytes),
+        by_kind={
+            kind: _gib(size) for kind, size in sorted(step.peak.by_kind.items(), key=lambda item: -item[1])
+        },
+        moment=step.stretch,
+        where=step.peak.where,
+        host_gib=_gib(step.host_bytes),
+        paged_gib=_gib(step.paged_bytes),
+        memory={"budget_gib": budget_gib, **memory_keys(settings, counter.num_layers)},
+        largest={
+            "microbatch_tokens": row_tokens,
+            "max_length": min((row_tokens + 1) // 2, positions or row_tokens),
+            "lora_rank": largest_rank_that_fits(recipe, counter, settings.chunk_tokens, room_bytes),
+        },
+        advice=advise(recipe, counter, settings, room_bytes),
+    )
+
+
+def _budget(recipe: Recipe) -> float:
+    if recipe.memory.budget_gib != "auto":
+        return recipe.memory.budget_gib
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory / GIB
+    return DEFAULT_BUDGET_GIB
+
+
+def _is_there(module: str) -> bool:
+    """A plan needs no tracker."""
+    return module != "bitsandbytes" or importlib.util.find_spec(module) is not None
+
+
+def _gib(num_bytes: int) -> float:
+    return round(num_bytes / GIB, 3)

@@ -1,0 +1,179 @@
+"""One training step of a fake model, run by the code that trains real ones, and the bytes alive while it ran."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+from qorpo.data.pack import PairLengths
+from qorpo.data.tokenize import TokenizedPair
+from qorpo.model.recompute import checkpoint_layers, decoder_layers
+from qorpo.model.scoring import Mode, PairScorer
+from qorpo.planning.fake_model import make_fake_model
+from qorpo.planning.live_bytes import LiveBytes, Peak
+from qorpo.recipe import Recipe
+from qorpo.training.optim import make_optimizer
+from qorpo.training.step import run_step
+
+CPU = torch.device("cpu")
+
+HEAD, OPTIMIZER = "forward of the head", "optimizer's step"
+"""Stretches of a step that others ask for by name."""
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """What a step's memory depends on beside the model and the recipe's own keys."""
+
+    rows: tuple[PairLengths, ...]  # the pairs of its largest micro-batch
+    accumulates: bool  # whether gradients of an earlier micro-batch are there
+    attention: Mode
+    chunk_tokens: int
+    recomputed_layers: int | None  # None: all
+    offload: bool
+    on_cuda: bool
+    dtype: torch.dtype = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """The most bytes alive in each stretch of a step, and what is kept in host memory."""
+
+    peaks: dict[str, Peak]
+    host_bytes: int  # offloaded inputs of layers
+    paged_bytes: int  # optimizer states in unified memory, moved out when the device is short
+    num_layers: int
+
+    @property
+    def stretch(self) -> str:
+        """Which stretch of the step needs most."""
+        return max(self.peaks, key=lambda name: self.peaks[name].total_bytes)
+
+    @property
+    def peak(self) -> Peak:
+        return self.peaks[self.stretch]
+
+
+def step_memory(config: PretrainedConfig, recipe: Recipe, shape: StepShape) -> StepMemory:
+    """Count a step after the first: optimizer states are there, and gradients where the step has more micro-batches."""
+    model, fake_mode = make_fake_model(config, recipe, shape.dtype)
+    layers = decoder_layers(model)
+    num_recomputed = len(layers) if shape.recomputed_layers is None else shape.recomputed_layers
+    if num_recomputed:
+        checkpoint_layers(model, num_recomputed, offload=shape.offload)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    count = LiveBytes()
+    _count_model(model, count)
+    _follow(layers, num_recomputed, count)
+    for parameter in trained:
+        parameter.register_post_accumulate_grad_hook(lambda p: count.add([p.grad], "gradients"))
+    with fake_mode:
+        optimizer, paged_bytes = _count_optimizer(trained, recipe, shape.on_cuda, count)
+        if shape.accumulates:
+            for parameter in trained:
+                parameter.grad = torch.zeros_like(parameter)
+                count.add([parameter.grad], "gradients")
+        scorer = PairScorer(model, shape.attention, shape.chunk_tokens)
+        model.train()
+
+        def backward(loss: torch.Tensor) -> None:
+            count.kind, count.stretch = "backward", "backward of the loss"
+            loss.backward()
+
+        count.peaks.clear()
+        count.kind, count.stretch = "activations", "forward"
+        pairs = [TokenizedPair(*((1,) * length for length in lengths), "plan") for lengths in shape.rows]
+        with count, scorer.attending():
+            run_step(
+                scorer, pairs, recipe.objective, device=CPU, backward=backward,
+                microbatch_tokens=sum(map(sum, shape.rows)),
+            )  # fmt: skip
+            count.kind, count.stretch = "optimizer", OPTIMIZER
+            torch.nn.utils.clip_grad_norm_(trained, recipe.train.max_grad_norm or float("inf"))
+            if optimizer is not None:
+                optimizer.step()
+    return StepMemory(count.peaks, count.host_peak, paged_bytes, len(layers))
+
+
+def _count_model(model: nn.Module, count: LiveBytes) -> None:
+    for module in model.modules():
+        count.add(getattr(module, "nf4_constants", ()), "quantization constants")
+    for parameter in model.parameters():
+        dtype = "nf4" if parameter.dtype == torch.uint8 else str(parameter.dtype).removeprefix("torch.")
+        count.add([parameter], "adapters" if parameter.requires_grad else f"base weights, {dtype}")
+    constants = {id(tensor) for module in model.modules() for tensor in getattr(module, "nf4_constants", ())}
+    count.add([buffer for buffer in model.buffers() if id(buffer) not in constants], "base weights, other")
+
+
+def _follow(layers: Sequence[nn.Module], num_recomputed: int, count: LiveBytes) -> None:
+    """Name the stretches of forward and backward as they go from layer to layer."""
+    for index, layer in enumerate(layers):
+        place = layer_place(index, num_recomputed, len(layers))
+
+        def begin(layer: nn.Module, args: Any, place: str = place) -> None:
+            count.stretch = f"forward of {place}"
+
+        def end(layer: nn.Module, args: Any, output: Any, place: str = place) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
+
+            def begin_backward(grad: torch.Tensor) -> None:
+                count.stretch = f"backward of {place}"
+
+            hidden.register_hook(begin_backward)
+            count.stretch = HEAD
+
+        layer.register_forward_pre_hook(begin)
+        layer.register_forward_hook(end)
+
+
+def layer_place(index: int, num_recomputed: int, num_layers: int) -> str:
+    """Layers of a kind need the same; which of them is at its peak is decided by what else is there, at either end."""
+    kind, start, stop = (
+        ("recomputed", 0, num_recomputed) if index < num_recomputed else ("kept", num_recomputed, num_layers)
+    )
+    if index == stop - 1:
+        return f"the last {kind} layer"
+    return f"the first {kind} layer" if index == start else f"a {kind} layer between"
+
+
+def _count_optimizer(
+    trained: Sequence[nn.Parameter], recipe: Recipe, on_cuda: bool, count: LiveBytes
+) -> tuple[torch.optim.Optimizer | None, int]:
+    """States as the first step leaves them: the optimizer, None where its own code takes no fake tensors, and paged bytes."""
+    name = recipe.train.optimizer
+    if name.startswith("adamw_torch"):
+        optimizer = make_optimizer(trained, recipe.train)
+        if on_cuda and name == "adamw_torch":
+            for group in optimizer.param_groups:
+                group["foreach"] = True  # its default there
+        for parameter in trained:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad()
+        for state in optimizer.state.values():
+            count.add([tensor for tensor in state.values() if tensor.dim()], "optimizer")
+        return optimizer, 0
+
+    paged_bytes = 0
+    for parameter in trained:
+        small = parameter.numel() < 4096  # bitsandbytes keeps those in 32 bits
+        bits = 32 if small or name.endswith("32bit") else 8
+        num_bytes = 2 * parameter.numel() * bits // 8
+        if on_cuda and name.startswith("paged") and parameter.numel() >= 1e5:
+            paged_bytes += num_bytes
+        else:
+            _hold(count, parameter, num_bytes)
+        if bits == 8:
+            _hold(
+                count, parameter, 2 * 4 * -(-parameter.numel() // 256)
+            )  # a float32 absmax a block, of either
+    return None, paged_bytes
+
+
+def _hold(count: LiveBytes, parameter: nn.Parameter, num_bytes: int) -> None:
+    state = torch.empty(num_bytes, dtype=torch.uint8)
+    count.add([state], "optimizer")
+    parameter.__dict__.setdefault("planned_states", []).append(state)
