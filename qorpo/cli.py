@@ -2,7 +2,9 @@
 
 import json
 import logging
+import os
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -30,9 +32,13 @@ def train(
         bool,
         typer.Option("--resume", help="Go on with the run in the recipe's output, from its last checkpoint."),
     ] = False,
+    full: Annotated[
+        bool,
+        typer.Option("--full", help="Train all parameters, sharded over the GPUs of torchrun's processes."),
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Train adapters on preference pairs, and leave a folder that explains the run."""
+    """Train on preference pairs, and leave a folder that explains the run."""
     from qorpo.training.progress import ConsoleProgress
 
     console = Console(stderr=True)
@@ -43,11 +49,14 @@ def train(
     from qorpo.training.run import train as run
 
     try:
-        result = run(load_recipe(recipe, overrides or []), resume=resume, progress=ConsoleProgress(console))
+        changes = [*(overrides or []), *(["tuning=full"] if full else [])]
+        result = run(load_recipe(recipe, changes), resume=resume, progress=ConsoleProgress(console))
     except KeyboardInterrupt:  # typer would end without a word
         typer.echo("qorpo: stopped; go on with --resume", err=True)
         raise typer.Exit(130) from None
-    typer.echo(f"adapter: {result.adapter}")
+    if int(os.environ.get("RANK", "0")):
+        return
+    typer.echo(f"{'model' if result.trainer.is_full else 'adapter'}: {result.trained}")
     if result.best_step is not None:
         typer.echo(f"best evaluation loss at step {result.best_step} of {result.steps}")
     for name, value in sorted(result.metrics.items()):
@@ -127,8 +136,15 @@ def main() -> None:
     except QorpoError as error:
         if "--debug" in sys.argv:
             raise
+        if rank := int(os.environ.get("RANK", "0")):
+            # What all ranks find wrong the first one says, and torchrun ends the others meanwhile.
+            time.sleep(SECONDS_FOR_THE_FIRST_RANK)
+            error = f"rank {rank}: {error}"  # type: ignore[assignment]
         typer.echo(f"qorpo: {error}", err=True)
         sys.exit(2)
+
+
+SECONDS_FOR_THE_FIRST_RANK = 5
 
 
 def _log_to(console: Console, level: int = logging.INFO) -> None:
@@ -136,6 +152,8 @@ def _log_to(console: Console, level: int = logging.INFO) -> None:
     handler: logging.Handler = logging.StreamHandler(console.file)
     if console.is_terminal:
         handler = RichHandler(console=console, show_time=False, show_path=False, show_level=False)
+    if int(os.environ.get("RANK", "0")):
+        level = logging.ERROR  # of several ranks the first one tells
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     logging.getLogger("qorpo").setLevel(level)
 

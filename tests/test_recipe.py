@@ -453,7 +453,9 @@ def test_resolve_replaces_every_auto_but_what_is_settled_as_the_model_loads(devi
 def test_offload_needs_a_cuda_device():
     recipe = load_recipe(LEAST, ["memory.activation_offload=true"])
     assert resolve(recipe, device_type="cuda").memory.activation_offload is True
-    with pytest.raises(RecipeError, match=r"memory\.activation_offload: true needs a CUDA device, and this is cpu"):
+    with pytest.raises(
+        RecipeError, match=r"memory\.activation_offload: true needs a CUDA device, and this is cpu"
+    ):
         resolve(recipe, device_type="cpu")
 
 
