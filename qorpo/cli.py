@@ -49,8 +49,11 @@ def train(
     from qorpo.training.run import train as run
 
     try:
-        changes = [*(overrides or []), *(["tuning=full"] if full else [])]
-        result = run(load_recipe(recipe, changes), resume=resume, progress=ConsoleProgress(console))
+        settings = load_recipe(recipe, [*(overrides or []), *(["tuning=full"] if full else [])])
+        # Started again by torchrun after a rank failed.
+        was_restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+        resume = resume or (was_restarted and Path(settings.output, "recipe.yaml").expanduser().exists())
+        result = run(settings, resume=resume, progress=ConsoleProgress(console))
     except KeyboardInterrupt:  # typer would end without a word
         typer.echo("qorpo: stopped; go on with --resume", err=True)
         raise typer.Exit(130) from None
@@ -61,6 +64,21 @@ def train(
         typer.echo(f"best evaluation loss at step {result.best_step} of {result.steps}")
     for name, value in sorted(result.metrics.items()):
         typer.echo(f"{name}: {value:.4f}")
+
+
+@app.command()
+def export(
+    run: Annotated[
+        str, typer.Argument(help="The folder of a run of full tuning, or of one of its checkpoints.")
+    ],
+    output: Annotated[Path, typer.Option(help="The folder to make.")],
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16, or float32.")] = "bfloat16",
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Write the model of a sharded checkpoint as a folder that transformers opens."""
+    from qorpo.training.export import export_model
+
+    typer.echo(f"model: {export_model(run, output, dtype=dtype)}")
 
 
 @app.command()

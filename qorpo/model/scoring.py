@@ -41,14 +41,10 @@ class PairScorer(nn.Module):
             None  # what trained parameters are cast to; None: as they are
         )
 
-    # Asked for by accelerate, which gives embeddings and head units of their own when it shards.
-    def get_input_embeddings(self) -> Any:
-        return self.model.get_input_embeddings()
-
-    def get_output_embeddings(self) -> Any:
-        return self.model.get_output_embeddings()
-
     def tie_weights(self) -> None:
+        """Asked for by accelerate when it shards. It would give the head a unit of its own where it could ask for that
+        too; in the root's the head is gathered once for all chunks, and until the last backward is done.
+        """
         self.model.tie_weights()
 
     @property

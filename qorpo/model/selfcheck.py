@@ -27,18 +27,25 @@ def make_scorer(model: Any, attention: str = "auto", chunk_tokens: int = 256) ->
     return scorer
 
 
-def settle_mode(scorer: PairScorer, call: Callable[..., torch.Tensor], attention: str = "auto") -> None:
+def settle_mode(
+    scorer: PairScorer,
+    call: Callable[..., torch.Tensor],
+    attention: str = "auto",
+    dtype: torch.dtype | None = None,
+) -> None:
     """Give a scorer the best way of attending that scores as its model does on its own.
 
     Args:
         scorer: of a causal language model of transformers, with or without PEFT adapters.
         call: the scorer as it is called, itself or what wraps it (all ranks of a sharded one together).
         attention: auto tries each mode and takes the first that holds; a named mode is taken or refused.
+        dtype: what the model computes in; None: its weights' own type.
 
     Raises:
         ModelError: where no mode, or not the named one, gives the model's own log-probs; says why for each.
     """
     model, config = scorer.model, scorer.text_config
+    dtype = dtype or model.dtype
     if getattr(config, "attn_logit_softcapping", None) and config._attn_implementation == "sdpa":
         # Before 5.23 transformers runs Gemma-2 on SDPA, which leaves the soft cap out without a word.
         config._attn_implementation = "eager"
@@ -51,9 +58,9 @@ def settle_mode(scorer: PairScorer, call: Callable[..., torch.Tensor], attention
             with scorer.attending():
                 own_S = call(packed, by_own_logits=True)
             failures: list[str] = []
-            for mode in candidates(model) if attention == "auto" else [attention]:
+            for mode in candidates(model, dtype) if attention == "auto" else [attention]:
                 scorer.mode = mode  # type: ignore[assignment]
-                failure = _difference(scorer, call, packed, own_S)
+                failure = _difference(scorer, call, packed, own_S, TOLERANCES[dtype])
                 if failure is None:
                     _report(scorer.mode, failures)
                     return
@@ -66,10 +73,10 @@ def settle_mode(scorer: PairScorer, call: Callable[..., torch.Tensor], attention
     )  # fmt: skip
 
 
-def candidates(model: Any) -> Sequence[Mode]:
+def candidates(model: Any, dtype: torch.dtype) -> Sequence[Mode]:
     """Modes to try, best first: kernels that are here and have what the model needs, then the plain ones."""
     plain: list[Mode] = ["sdpa", "dense", "unshared"]
-    if model.device.type != "cuda" or model.dtype not in (torch.float16, torch.bfloat16):
+    if model.device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
         return plain
     config = model.config.get_text_config()
     kernels: list[Mode] = []
@@ -82,7 +89,11 @@ def candidates(model: Any) -> Sequence[Mode]:
 
 
 def _difference(
-    scorer: PairScorer, call: Callable[..., torch.Tensor], packed: PackedPairs, own_S: torch.Tensor
+    scorer: PairScorer,
+    call: Callable[..., torch.Tensor],
+    packed: PackedPairs,
+    own_S: torch.Tensor,
+    tolerance: float,
 ) -> str | None:
     """Why the scorer's log-probs can't be trusted, or None."""
     try:
@@ -91,7 +102,6 @@ def _difference(
             others_changed_S = call(_with_other_tokens_changed(packed))
     except (ModelError, RuntimeError, ValueError, TypeError, AttributeError, ImportError) as error:
         return str(error).strip().split("\n")[0] or type(error).__name__
-    tolerance = TOLERANCES[scorer.compute_dtype or scorer.model.dtype]
     difference = (logps_S - own_S).abs().mean().item()
     if not difference <= tolerance:
         return f"log-probs differ from the model's own by {difference:.2g} nats on average"

@@ -24,8 +24,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_state_dict,
 )
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
+from qorpo.data.tokenize import ChatFormat
 from qorpo.errors import RunError
 from qorpo.training.distributed import whole
 from qorpo.training.optim import load_optimizer_state
@@ -126,13 +127,32 @@ def save_whole_model(folder: Path, model: PreTrainedModel, dtype: torch.dtype, i
         gathered = whole(tensor.to(dtype) if tensor.is_floating_point() else tensor)
         if is_main:
             tensors[name] = gathered
-    if not is_main:
-        return
+    if is_main:
+        save_parameters(folder, model, tensors, dtype)
+
+
+def save_parameters(
+    folder: Path, model: PreTrainedModel, tensors: dict[str, torch.Tensor], dtype: torch.dtype
+) -> None:
+    """Write these tensors as the model's, with its config."""
     model.save_pretrained(str(folder), state_dict=tensors)
     config = folder / "config.json"
     saved = json.loads(config.read_text(encoding="utf-8"))
     saved["dtype"] = str(dtype).removeprefix("torch.")  # transformers names the type of the float32 masters
     config.write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
+
+
+def save_tokenizer(folder: Path, chat: ChatFormat) -> None:
+    """The tokenizer with its chat template, and generation_config.json with the tokens to stop at: the one that was
+    learned, and the base's own, which may differ."""
+    tokenizer = chat.tokenizer
+    tokenizer.save_pretrained(str(folder))
+    stops = dict.fromkeys([chat.stop_token_id, tokenizer.eos_token_id])
+    GenerationConfig(
+        eos_token_id=[stop for stop in stops if stop is not None],
+        bos_token_id=tokenizer.bos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    ).save_pretrained(str(folder))
 
 
 def save_adapter(folder: Path, model: PeftModel) -> None:

@@ -121,6 +121,22 @@ def ranks_of(accelerator: Accelerator, scorer: Any) -> Ranks:
     )
 
 
+def this_process() -> PartialState:
+    """accelerate's account of this process among those that torchrun started.
+
+    Raises:
+        RunError: where it takes one of several for one alone: all of them would write the same run.
+    """
+    state = PartialState(cpu=not torch.cuda.is_available())  # without the word it sees no others on the CPU
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if state.num_processes != started:
+        raise RunError(
+            f"{started} processes were started (WORLD_SIZE), but {state.num_processes} found each other; start qorpo by "
+            "torchrun or accelerate launch, or without WORLD_SIZE in the environment"
+        )
+    return state
+
+
 @contextmanager
 def main_first() -> Iterator[None]:
     """On each node one process first, then the others, which find what it left (tokens in the cache)."""

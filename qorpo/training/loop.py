@@ -13,7 +13,7 @@ import torch
 from accelerate.utils import DistributedType, ProjectConfiguration
 from accelerate.utils.memory import should_reduce_batch_size
 from peft import PeftModel
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qorpo.data.pack import PairLengths
 from qorpo.data.prepare import largest_token_id, longest_pair
@@ -37,6 +37,7 @@ from qorpo.training.checkpoint import (
     save_adapter,
     save_checkpoint,
     save_sharded_checkpoint,
+    save_tokenizer,
     save_whole_model,
 )
 from qorpo.training.data import limits_of
@@ -111,7 +112,7 @@ class Trainer:
         scorer = PairScorer(self.model)
         if not self.is_sharded:
             scorer.compute_dtype = casts_to
-            settle_mode(scorer, scorer, recipe.model.attention)
+            settle_mode(scorer, scorer, recipe.model.attention, casts_to)
             recipe = recipe.replace("model.attention", scorer.mode)
         recipe = settle_memory(recipe, self.model, self._longest_pair)
         memory = recipe.memory
@@ -128,7 +129,7 @@ class Trainer:
         )
         self.trained = [parameter for parameter in scorer.parameters() if parameter.requires_grad]
         if self.is_sharded:  # a forward needs every rank, and its weights only now are everywhere
-            settle_mode(scorer, self.scorer, recipe.model.attention)
+            settle_mode(scorer, self.scorer, recipe.model.attention, casts_to)
             recipe = recipe.replace("model.attention", scorer.mode)
         self.recipe = recipe
         self.ranks = ranks_of(self.accelerator, self.scorer)
@@ -245,10 +246,7 @@ class Trainer:
 
     def save(self, folder: str | Path) -> None:
         """Write the adapter in PEFT's format (the model in transformers' after full tuning), the tokenizer with its
-        chat template, and the tokens to stop at. All ranks together, of which the main one writes.
-
-        generation_config.json names the stop token that was learned beside the base's own, which may differ.
-        """
+        chat template, and the tokens to stop at. All ranks together, of which the main one writes."""
         is_main = self.accelerator.is_main_process
         if is_main:
             Path(folder).mkdir(parents=True, exist_ok=True)
@@ -256,15 +254,8 @@ class Trainer:
             save_whole_model(Path(folder), self.model, self.dtype, is_main)
         elif is_main:
             save_adapter(Path(folder), self.model)
-        if not is_main:
-            return
-        self.tokenizer.save_pretrained(str(folder))
-        stops = dict.fromkeys([self.chat.stop_token_id, self.tokenizer.eos_token_id])
-        GenerationConfig(
-            eos_token_id=[stop for stop in stops if stop is not None],
-            bos_token_id=self.tokenizer.bos_token_id,
-            pad_token_id=self.tokenizer.pad_token_id,
-        ).save_pretrained(str(folder))
+        if is_main:
+            save_tokenizer(Path(folder), self.chat)
 
     # --- the parts of the run ---
 

@@ -21,7 +21,7 @@ from qorpo.model.load import load_model
 from qorpo.planning.auto import cap_card
 from qorpo.recipe import Recipe, load_recipe, resolve
 from qorpo.training.data import chat_format_of, load_data
-from qorpo.training.distributed import main_first
+from qorpo.training.distributed import main_first, this_process
 from qorpo.training.loop import Trainer
 from qorpo.training.progress import Progress
 from qorpo.training.run_folder import RunFolder
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 # What may change from a run to its resumption without changing its result, but for the draws of dropout.
 MAY_CHANGE = (
     "output", "memory.budget_gib", "memory.microbatch_tokens", "memory.logprob_chunk_tokens",
-    "memory.activation_checkpointing", "memory.activation_offload",
+    "memory.activation_checkpointing", "memory.activation_offload", "memory.sharding",
     "train.log_every", "train.keep_checkpoints", "train.report_to",
 )  # fmt: skip
 PACKAGES = (
@@ -84,7 +84,7 @@ def train(
         recipe = merge_saved(load_recipe(folder.recipe), recipe)
     else:
         folder.check_free()
-    state = PartialState()
+    state = this_process()
     device = state.device
     recipe = resolve(recipe, device_type=device.type)
 
@@ -170,6 +170,7 @@ def environment(model: Any) -> dict[str, Any]:
         if device.type == "cuda"
         else f"{device.type}, {os.cpu_count()} cores",
         "threads": torch.get_num_threads(),
+        "processes": PartialState().num_processes,
         "base_commit": getattr(model.config, "_commit_hash", None),
     }
 

@@ -47,7 +47,7 @@ def from_parts(job):
     trainer = loop.Trainer(
         model, load_tokenizer(recipe.model.path), recipe, qorpo.load_pairs(recipe.data.train[0])
     )
-    trainer.train()
+    trainer.train(resume=job.get("resume", False))
     return trainer
 
 
