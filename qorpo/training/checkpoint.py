@@ -99,7 +99,7 @@ def load_sharded_checkpoint(
     """
     try:
         parameters, optimizer_state = get_state_dict(scorer, optimizer)
-        saved = {"model": parameters, "optimizer": optimizer_state}
+        saved: dict[str, Any] = {"model": parameters, "optimizer": optimizer_state}
         dcp.load(saved, checkpoint_id=folder / SHARDS)
         set_state_dict(
             scorer, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"]
@@ -174,7 +174,7 @@ def load_adapter(folder: Path, model: PeftModel) -> None:
         )
 
 
-def _unusable(folder: Path, error: Exception) -> RunError:
+def _unusable(folder: Path, error: BaseException) -> RunError:
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     return RunError(
         f"{folder}: can't be resumed from: {reason}; remove that folder to go on from the one before it"

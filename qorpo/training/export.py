@@ -7,6 +7,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from accelerate import init_empty_weights
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import AutoModelForCausalLM
 
 from qorpo.errors import RunError
@@ -69,7 +70,7 @@ def _tensors(checkpoint: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     tensors = {}
     try:
         for key, found in reader.read_metadata().state_dict_metadata.items():
-            if key.startswith(prefix) and hasattr(found, "size"):
+            if key.startswith(prefix) and isinstance(found, TensorStorageMetadata):
                 state = {key: torch.empty(found.size, dtype=found.properties.dtype)}
                 dcp.load(state, checkpoint_id=checkpoint / SHARDS, no_dist=True)
                 tensor = state[key]
