@@ -265,3 +265,105 @@ def test_paged_states_are_paged_and_stay_so_over_a_checkpoint(name, tmp_path):
     torch.cuda.synchronize()
     for straight, again in zip(parameters, resumed, strict=True):
         assert torch.equal(straight, again)
+
+
+# --- memory ---
+
+MIDDLING = {
+    "vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 12,
+    "num_attention_heads": 16, "num_key_value_heads": 4, "max_position_embeddings": 4096,
+}  # fmt: skip
+
+
+def middling_trainer(tmp_path, **memory):
+    """A Trainer of a random model of 150 M parameters, on four pairs of 600, 700 and 700 tokens."""
+    from tiny import make_tokenizer
+
+    from qorpo.data.records import DataReport
+    from qorpo.data.tokenize import Tokenized
+    from qorpo.training.loop import Trainer
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**MIDDLING)).to(DEVICE, torch.bfloat16).requires_grad_(False)
+    draw = torch.Generator().manual_seed(1)
+
+    def tokens(count: int) -> tuple[int, ...]:
+        return tuple(torch.randint(5, 290, (count,), generator=draw).tolist())
+
+    pairs = [TokenizedPair(tokens(600), tokens(700), tokens(700), f"random:{line}") for line in range(4)]
+    recipe = load_recipe(
+        {
+            "model": {"path": "random", "quantization": "none"}, "data": {"train": "random"},
+            "train": {"pairs_per_step": 4, "max_steps": 3, "report_to": [], "save_every": 100},
+            "memory": memory, "output": str(tmp_path / "run"),
+        }
+    )  # fmt: skip
+    return Trainer(model, make_tokenizer(), recipe, Tokenized(pairs, DataReport(kept=4)))
+
+
+def fresh_card():
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+
+
+@pytest.mark.parametrize("checkpointing", [True, 6, False])
+@pytest.mark.parametrize("microbatch_tokens", [2000, 8000])
+def test_the_planned_memory_is_what_is_reserved(tmp_path, checkpointing, microbatch_tokens):
+    from qorpo.data.pack import PairLengths
+    from qorpo.planning.auto import planned_bytes
+
+    fresh_card()
+    memory = {"microbatch_tokens": microbatch_tokens, "activation_checkpointing": checkpointing}
+    trainer = middling_trainer(tmp_path, **memory)
+    trainer.train()
+    planned = planned_bytes(trainer.recipe, trainer.model, PairLengths(600, 700, 700))
+    assert planned == pytest.approx(torch.cuda.max_memory_reserved(), rel=0.1)
+
+
+def test_offload_changes_no_loss_and_no_gradient_and_takes_the_inputs_off_the_card(tmp_path):
+    from qorpo.training.step import run_step
+
+    found, peaks = [], []
+    for offload in (False, True):
+        trainer = middling_trainer(
+            tmp_path, activation_checkpointing=True, activation_offload=offload, microbatch_tokens=2000
+        )
+        fresh_card()
+        trainer.model.train()
+        with trainer._unwrapped.attending():
+            means = run_step(
+                trainer.scorer, trainer.train_pairs, trainer.recipe.objective, backward=torch.Tensor.backward,
+                microbatch_tokens=2000, device=DEVICE,
+            )  # fmt: skip
+        peaks.append(torch.cuda.max_memory_allocated())
+        found.append([means["loss"], *(parameter.grad for parameter in trainer.trained)])
+    for kept, moved in zip(*found, strict=True):
+        assert torch.equal(kept, moved)
+    inputs = MIDDLING["num_hidden_layers"] * 2000 * MIDDLING["hidden_size"] * 2
+    assert peaks[0] - peaks[1] > 0.6 * inputs  # two are on the card at a time
+
+
+def test_a_budget_caps_the_card_and_running_out_goes_on_in_smaller_micro_batches(tmp_path, caplog):
+    fresh_card()
+    trainer = middling_trainer(tmp_path, microbatch_tokens=8000, activation_checkpointing=False)
+    fits = torch.cuda.memory_allocated() + 2 * 2**30
+    torch.cuda.set_per_process_memory_fraction(fits / torch.cuda.get_device_properties(DEVICE).total_memory)
+    try:
+        trainer.train()
+    finally:
+        fresh_card()
+    assert trainer.recipe.memory.microbatch_tokens < 8000
+    assert "the step is done again in micro-batches of" in caplog.text
+
+
+def test_auto_on_a_card_fits_its_budget(tmp_path):
+    fresh_card()
+    trainer = middling_trainer(tmp_path, budget_gib=3)
+    given = trainer.recipe.memory.microbatch_tokens
+    trainer.train()
+    reserved = torch.cuda.max_memory_reserved()
+    fresh_card()
+    assert reserved <= 3 * 2**30
+    assert trainer.recipe.memory.microbatch_tokens == given  # nothing ran out

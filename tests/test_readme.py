@@ -98,6 +98,19 @@ def test_the_train_commands_run(workplace):
 
 
 @pytest.mark.slow
+def test_the_plan_commands_run(workplace):
+    lines = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("qorpo plan")]
+    assert len(lines) == 3
+    for line in lines:
+        command = shlex.split(line.split("#")[0])[1:]
+        done = run([sys.executable, "-m", "qorpo", *command, *QUICK[:1], *QUICK[3:]], workplace)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith(
+            "{" if "--json" in line else "model " if "--budgets" in line else "demo: fits"
+        )
+
+
+@pytest.mark.slow
 def test_the_python_examples_run(workplace):
     from_recipe, from_parts = blocks("python")
     from_recipe = from_recipe.replace('["output=', json.dumps(QUICK)[:-1] + ', "output=')

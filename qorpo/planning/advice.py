@@ -51,7 +51,7 @@ def _changes(recipe: Recipe, counter: StepCounter) -> Iterator[tuple[str, Any]]:
         yield "memory.logprob_chunk_tokens", SMALLEST_CHUNK
     if not recipe.train.optimizer.startswith("paged"):
         yield "train.optimizer", "paged_adamw_8bit"
-    if memory.activation_checkpointing not in ("auto", True):
+    if memory.activation_checkpointing != "auto" and memory.activation_checkpointing is not True:
         yield "memory.activation_checkpointing", True
     if memory.activation_offload is False:
         yield "memory.activation_offload", True
@@ -81,6 +81,7 @@ def _with_savings(recipe: Recipe, counter: StepCounter, changes: list[tuple[str,
     return [
         f"{key}={str(value).lower()}: {(before - after) / GIB:.2f} GiB less"
         for (key, value), before, after in zip(changes, needs, needs[1:], strict=False)
+        if before > after
     ]
 
 

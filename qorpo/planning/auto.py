@@ -4,6 +4,7 @@ import copy
 import logging
 from typing import Any
 
+import psutil
 import torch
 
 from qorpo.data.pack import PairLengths
@@ -29,7 +30,8 @@ LATER_BYTES = int(0.25 * GIB)
 def settle_memory(recipe: Recipe, model: Any, longest: PairLengths) -> Recipe:
     """The recipe with every `auto` of its memory section but the budget replaced: by the plan, for what is free.
 
-    Off CUDA, where nothing but a budget bounds it, and where a model can't be planned, by fixed values.
+    Off CUDA, where nothing but a budget bounds it, for full tuning, and where a model can't be planned, by fixed
+    values.
 
     Args:
         model: loaded, with adapters; where it is decides what is free.
@@ -40,7 +42,7 @@ def settle_memory(recipe: Recipe, model: Any, longest: PairLengths) -> Recipe:
         return recipe
     num_layers = len(decoder_layers(model))
     settings = fixed_settings(memory, num_layers, on_cuda=on_cuda)
-    if on_cuda or memory.budget_gib != "auto":
+    if recipe.tuning == "lora" and (on_cuda or memory.budget_gib != "auto"):
         try:
             settings = _planned(recipe, model, longest)
         except Exception as error:  # a model like no other: a plan helps, but training can do without
@@ -64,6 +66,13 @@ def _planned(recipe: Recipe, model: Any, longest: PairLengths) -> MemorySettings
     return settings
 
 
+def planned_bytes(recipe: Recipe, model: Any, longest: PairLengths) -> int:
+    """What `torch.cuda.max_memory_reserved` is to say of steps by a settled recipe."""
+    counter = _counter(recipe, model, longest)
+    settings = fixed_settings(recipe.memory, counter.num_layers, on_cuda=counter.on_cuda)
+    return reserved_bytes(counter.count(settings).peak.total_bytes)
+
+
 def advice_for(recipe: Recipe, model: Any, longest: PairLengths) -> str:
     """What to change in a settled recipe that ran out of memory."""
     try:
@@ -77,7 +86,7 @@ def advice_for(recipe: Recipe, model: Any, longest: PairLengths) -> str:
 def _together(recipe: Recipe, counter: StepCounter, settings: MemorySettings, room_bytes: int) -> str:
     needed = reserved_bytes(counter.peak_bytes(settings))
     if needed <= room_bytes:
-        return f"the plan is {needed / GIB:.2f} GiB of {room_bytes / GIB:.2f}; set memory.budget_gib lower, to leave more free"
+        return f"the plan counts {needed / GIB:.2f} GiB of {room_bytes / GIB:.2f} that should be free; does another process use them?"
     return "the plan advises " + "; ".join(advise(recipe, counter, settings, room_bytes))
 
 
@@ -96,8 +105,9 @@ def free_bytes(recipe: Recipe, device: torch.device) -> int:
     """What PyTorch's allocator may reserve: what is free or its own already, within the recipe's budget."""
     budget_gib = recipe.memory.budget_gib
     if device.type != "cuda":
-        assert budget_gib != "auto"
-        return int(budget_gib * GIB)
+        if budget_gib != "auto":
+            return int(budget_gib * GIB)
+        return psutil.virtual_memory().available + psutil.Process().memory_info().rss
     free, _ = torch.cuda.mem_get_info(device)
     room_bytes = free + torch.cuda.memory_reserved(device) - LATER_BYTES
     return room_bytes if budget_gib == "auto" else min(room_bytes, int(budget_gib * GIB) - CONTEXT_BYTES)

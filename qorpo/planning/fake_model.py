@@ -94,6 +94,9 @@ def _stand_in_for_nf4(model: nn.Module) -> None:
 class _NF4Linear(nn.Module):
     """The bytes and the steps of bitsandbytes' Linear4bit: unpacks its weight in forward, and again in backward."""
 
+    absmax: torch.Tensor
+    absmax_scales: torch.Tensor
+
     def __init__(self, layer: Any):
         super().__init__()
         self.shape = (layer.out_features, layer.in_features)

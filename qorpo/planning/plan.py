@@ -80,7 +80,7 @@ def plan_budgets(
         recipe.model.path, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code
     )
     counter = StepCounter(config, recipe, longest=pair_of(2 * recipe.data.max_length - 1), on_cuda=True)
-    return [_plan(recipe, counter, _budget(recipe) if gib is None else gib) for gib in budgets_gib]
+    return [_plan(recipe, counter, budget_of(recipe) if gib is None else gib) for gib in budgets_gib]
 
 
 def read_budgets(text: str | None) -> list[float | None]:
@@ -131,7 +131,8 @@ def _plan(recipe: Recipe, counter: StepCounter, budget_gib: float) -> Plan:
     )
 
 
-def _budget(recipe: Recipe) -> float:
+def budget_of(recipe: Recipe) -> float:
+    """GiB of the card to plan for: the recipe's, else this machine's, else 24."""
     if recipe.memory.budget_gib != "auto":
         return recipe.memory.budget_gib
     if torch.cuda.is_available():

@@ -35,7 +35,8 @@ def fixed_settings(memory: MemoryRecipe, num_layers: int, *, on_cuda: bool) -> M
     return MemorySettings(
         microbatch_tokens=(4096 if on_cuda else 2048) if tokens == "auto" else tokens,
         chunk_tokens=(512 if on_cuda else 256) if chunk == "auto" else chunk,
-        recomputed_layers=num_layers if layers in ("auto", True) else min(int(layers), num_layers),
+        # By identity: 1 is one layer, and equal to True.
+        recomputed_layers=num_layers if layers == "auto" or layers is True else min(int(layers), num_layers),
         offload=memory.activation_offload is True,
     )
 

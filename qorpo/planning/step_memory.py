@@ -85,7 +85,7 @@ def step_memory(config: PretrainedConfig, recipe: Recipe, shape: StepShape) -> S
 
         count.peaks.clear()
         count.kind, count.stretch = "activations", "forward"
-        pairs = [TokenizedPair(*((1,) * length for length in lengths), "plan") for lengths in shape.rows]
+        pairs = [_pair(lengths) for lengths in shape.rows]
         with count, scorer.attending():
             run_step(
                 scorer, pairs, recipe.objective, device=CPU, backward=backward,
@@ -98,14 +98,18 @@ def step_memory(config: PretrainedConfig, recipe: Recipe, shape: StepShape) -> S
     return StepMemory(count.peaks, count.host_peak, paged_bytes, len(layers))
 
 
+def _pair(lengths: PairLengths) -> TokenizedPair:
+    prompt, chosen, rejected = ((1,) * length for length in lengths)
+    return TokenizedPair(prompt, chosen, rejected, "plan")
+
+
 def _count_model(model: nn.Module, count: LiveBytes) -> None:
-    for module in model.modules():
-        count.add(getattr(module, "nf4_constants", ()), "quantization constants")
     for parameter in model.parameters():
         dtype = "nf4" if parameter.dtype == torch.uint8 else str(parameter.dtype).removeprefix("torch.")
         count.add([parameter], "adapters" if parameter.requires_grad else f"base weights, {dtype}")
-    constants = {id(tensor) for module in model.modules() for tensor in getattr(module, "nf4_constants", ())}
-    count.add([buffer for buffer in model.buffers() if id(buffer) not in constants], "base weights, other")
+    count.add(model.buffers(), "buffers")
+    for module in model.modules():
+        count.add(getattr(module, "nf4_constants", ()), "quantization constants")
 
 
 def _follow(layers: Sequence[nn.Module], num_recomputed: int, count: LiveBytes) -> None:

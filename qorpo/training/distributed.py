@@ -14,7 +14,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, ParallelismConfig
+from accelerate.utils import (
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    ParallelismConfig,
+    broadcast_object_list,
+)
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -22,6 +27,7 @@ from qorpo.data.pack import row_tokens, split_by_budget
 from qorpo.data.tokenize import TokenizedPair
 from qorpo.errors import RunError
 from qorpo.model.recompute import decoder_layers
+from qorpo.recipe import Recipe, load_recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +148,13 @@ def main_first() -> Iterator[None]:
     """On each node one process first, then the others, which find what it left (tokens in the cache)."""
     with PartialState().local_main_process_first():
         yield
+
+
+def as_on_main(recipe: Recipe) -> Recipe:
+    """The main rank's recipe."""
+    found = [recipe.to_dict()]
+    broadcast_object_list(found)
+    return load_recipe(found[0])
 
 
 def whole(tensor: Any) -> Any:

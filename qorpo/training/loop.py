@@ -41,11 +41,11 @@ from qorpo.training.checkpoint import (
     save_whole_model,
 )
 from qorpo.training.data import limits_of
-from qorpo.training.distributed import make_accelerator, ranks_of, whole
+from qorpo.training.distributed import as_on_main, make_accelerator, ranks_of, whole
 from qorpo.training.optim import make_optimizer, make_schedule
 from qorpo.training.progress import Progress
 from qorpo.training.run_folder import RunFolder
-from qorpo.training.step import OutOfMemory, StepTotals, run_step, within_memory
+from qorpo.training.step import StepTooLargeError, StepTotals, run_step, within_memory
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +114,8 @@ class Trainer:
             scorer.compute_dtype = casts_to
             settle_mode(scorer, scorer, recipe.model.attention, casts_to)
             recipe = recipe.replace("model.attention", scorer.mode)
-        recipe = settle_memory(recipe, self.model, self._longest_pair)
+        # Ranks may find different amounts of memory free, and must take the same micro-batches.
+        recipe = as_on_main(settle_memory(recipe, self.model, self._longest_pair))
         memory = recipe.memory
         scorer.chunk_tokens = int(memory.logprob_chunk_tokens)
         if layers := memory.activation_checkpointing:
@@ -290,7 +291,7 @@ class Trainer:
             return self._or_advice(attempt, given)
         try:
             means, took = within_memory(attempt, pairs, given, undo=self.optimizer.zero_grad)
-        except OutOfMemory as error:
+        except StepTooLargeError as error:
             raise self._ended_for_memory(str(error)) from error
         if took != given:
             self.recipe = self.recipe.replace("memory.microbatch_tokens", took)

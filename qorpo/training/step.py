@@ -25,7 +25,7 @@ T = TypeVar("T")
 ALONE = Ranks()
 
 
-class OutOfMemory(Exception):
+class StepTooLargeError(Exception):
     """Memory ran out although each micro-batch that is as long as any held one pair."""
 
 
@@ -107,7 +107,7 @@ def within_memory(
         What `attempt` gave, and the tokens with which it succeeded.
 
     Raises:
-        OutOfMemory: where smaller micro-batches would be no smaller, since the longest pair alone is as long.
+        StepTooLargeError: where smaller micro-batches would be no smaller, since the longest pair alone is as long.
     """
     longest_pair = max(map(row_tokens, pairs))
     while True:
@@ -125,7 +125,7 @@ def within_memory(
         rows = split_by_budget(pairs, microbatch_tokens)
         longest_row = max(sum(map(row_tokens, row)) for row in rows)
         if longest_row == longest_pair:
-            raise OutOfMemory(shortage)
+            raise StepTooLargeError(shortage)
         smaller = max(longest_row // 2, longest_pair)
         logger.warning(
             "out of memory in micro-batches of %d tokens (%s); the step is done again in micro-batches of %d",

@@ -39,8 +39,10 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import qorpo
+from qorpo.data.pack import PairLengths
 from qorpo.data.records import DataReport
 from qorpo.data.tokenize import Tokenized, TokenizedPair
+from qorpo.planning.auto import planned_bytes
 from qorpo.recipe import load_recipe
 from qorpo.training.progress import Progress
 
@@ -133,6 +135,7 @@ def check_train(options: argparse.Namespace) -> bool:
         "sequence_tokens_per_second": pairs_per_second * (2 * prompt + chosen + rejected),
         "peak_reserved_gib": gib("max_memory_reserved") if cuda else None,
         "peak_allocated_gib": gib("max_memory_allocated") if cuda else None,
+        "planned_reserved_gib": planned_bytes(trainer.recipe, model, PairLengths(*lengths)) / 2**30,
         "paged_states_gib": paged_states_gib(trainer.optimizer.optimizer),
         "attention": trainer.recipe.model.attention,
         "losses": losses,

@@ -1,0 +1,112 @@
+"""The plan at work in a run: what `auto` becomes, where it is written down, and a card that is capped."""
+
+import logging
+
+import pytest
+import torch
+from tiny import changed
+
+from qorpo import Trainer, load_pairs
+from qorpo.model.load import load_model, load_tokenizer
+from qorpo.model.recompute import _Recomputed, decoder_layers
+from qorpo.planning import auto
+from qorpo.planning.settle import CONTEXT_BYTES, GIB
+from qorpo.recipe import load_recipe
+from qorpo.training.run import train
+
+
+def trainer_of(recipe_dict, base, pairs_file, **changes) -> Trainer:
+    recipe = load_recipe(changed(recipe_dict, **changes))
+    return Trainer(load_model(str(base)), load_tokenizer(str(base)), recipe, load_pairs(str(pairs_file)))
+
+
+def recomputed_layers(trainer: Trainer) -> list[bool]:
+    return [isinstance(layer.forward, _Recomputed) for layer in decoder_layers(trainer.model)]
+
+
+def test_off_cuda_and_without_a_budget_auto_is_fixed(recipe_dict, base, pairs_file, monkeypatch):
+    monkeypatch.setattr(auto, "StepCounter", None)  # nothing is counted
+    trainer = trainer_of(recipe_dict, base, pairs_file)
+    memory = trainer.recipe.memory
+    assert (memory.microbatch_tokens, memory.logprob_chunk_tokens) == (2048, 256)
+    assert (memory.activation_checkpointing, memory.activation_offload) == (True, False)
+    assert trainer._unwrapped.chunk_tokens == 256
+    assert recomputed_layers(trainer) == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("budget_mib", "checkpointing", "recomputed"),
+    [(400, False, [False, False]), (0.1, True, [True, True])],
+)
+def test_within_a_budget_auto_is_planned(
+    recipe_dict, base, pairs_file, caplog, budget_mib, checkpointing, recomputed
+):
+    caplog.set_level(logging.INFO, "qorpo")
+    trainer = trainer_of(recipe_dict, base, pairs_file, memory__budget_gib=budget_mib / 1024)
+    memory = trainer.recipe.memory
+    assert memory.activation_checkpointing == checkpointing
+    assert recomputed_layers(trainer) == recomputed
+    assert "auto" not in memory.model_dump().values()
+    text = caplog.text
+    assert f"memory: microbatch_tokens {memory.microbatch_tokens}" in text
+    assert ("does not fit: the plan advises" in text) == (budget_mib < 1)
+
+
+def test_what_auto_became_is_saved_and_what_was_given_is_kept(recipe_dict):
+    result = train(
+        changed(recipe_dict, train__max_steps=1, memory__budget_gib=0.4, memory__activation_checkpointing=1,
+                memory__logprob_chunk_tokens=33)
+    )  # fmt: skip
+    saved = load_recipe(result.output / "recipe.yaml")
+    assert saved == result.trainer.recipe
+    assert saved.memory.budget_gib == 0.4
+    assert (saved.memory.activation_checkpointing, saved.memory.logprob_chunk_tokens) == (1, 33)
+    assert recomputed_layers(result.trainer) == [True, False]
+
+
+def test_a_model_that_can_not_be_planned_trains_with_fixed_values(
+    recipe_dict, base, pairs_file, monkeypatch, caplog
+):
+    def broken(*args, **kwargs):
+        raise KeyError("no such layer")
+
+    monkeypatch.setattr(auto, "StepCounter", broken)
+    trainer = trainer_of(recipe_dict, base, pairs_file, memory__budget_gib=0.4)
+    assert trainer.recipe.memory.microbatch_tokens == 2048
+    assert "no plan can be made of this model ('no such layer')" in caplog.text
+
+
+class Card:
+    """torch.cuda as far as free memory is asked for, of a card of 80 GiB with 70 free and 3 of PyTorch's own."""
+
+    def __init__(self, monkeypatch):
+        self.fraction = None
+        self.total_memory = 80 * GIB
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (70 * GIB, 80 * GIB))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 * GIB)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: self)
+        monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", self.cap)
+
+    def cap(self, fraction, device):
+        self.fraction = fraction
+
+
+def test_a_card_gives_what_is_free_within_the_budget(recipe_dict, monkeypatch):
+    Card(monkeypatch)
+    device = torch.device("cuda")
+    assert auto.free_bytes(load_recipe(recipe_dict), device) == 73 * GIB - auto.LATER_BYTES
+    budget = load_recipe(changed(recipe_dict, memory__budget_gib=24))
+    assert auto.free_bytes(budget, device) == 24 * GIB - CONTEXT_BYTES
+    more = load_recipe(changed(recipe_dict, memory__budget_gib=100))
+    assert auto.free_bytes(more, device) == 73 * GIB - auto.LATER_BYTES
+
+
+@pytest.mark.parametrize(
+    ("budget", "fraction"), [("auto", None), (24, (24 - 0.6) / 80), (100, 1.0), (0.1, 0.0)]
+)
+def test_a_card_is_capped_at_the_budget(monkeypatch, budget, fraction):
+    card = Card(monkeypatch)
+    auto.cap_card(budget, torch.device("cpu"))
+    assert card.fraction is None
+    auto.cap_card(budget, torch.device("cuda"))
+    assert card.fraction == (fraction if fraction is None else pytest.approx(fraction))
