@@ -255,7 +255,7 @@ class MemoryRecipe(_Keys):
     )
     sharding: Sharding = key(
         "auto",
-        "Weights over several GPUs: none (each has all), full, hybrid (within nodes); auto: full for full.",
+        "Weights over several GPUs: none (each has all), full, hybrid (within nodes); auto: none, or full for --full.",
     )
 
 

@@ -448,7 +448,7 @@ def test_resolve_replaces_every_auto_but_what_is_settled_as_the_model_loads(devi
         "train.optimizer: 'auto' 'paged_adamw_8bit' now",
         "train.report_to: 'auto' ['tensorboard'] now",
     }
-    memory = [f"memory.{key}" for key in MemoryRecipe.model_fields]
+    memory = [f"memory.{key}" for key in MemoryRecipe.model_fields if key != "sharding"]
     assert [key for key in FIELDS if value(key, resolved) == "auto"] == ["model.attention", *memory]
     assert resolve(resolved, device_type=device_type, installed=lambda module: True) == resolved
 
@@ -471,6 +471,7 @@ def test_resolve_keeps_what_was_said():
         "memory.microbatch_tokens": 7,
         "memory.logprob_chunk_tokens": 8,
         "memory.activation_checkpointing": False,
+        "memory.sharding": "none",
     }
     recipe = load_recipe(LEAST)
     for key, each in said.items():
