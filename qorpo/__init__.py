@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qorpo.data.sources import load_pairs
+    from qorpo.merging.merge import merge
     from qorpo.objectives.orpo import orpo_loss
     from qorpo.ops.log_probs import token_logps
     from qorpo.planning.plan import plan
@@ -32,13 +33,14 @@ if sys.platform == "linux" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CO
 _HOMES = {
     "Trainer": "qorpo.training.loop",
     "load_pairs": "qorpo.data.sources",
+    "merge": "qorpo.merging.merge",
     "orpo_loss": "qorpo.objectives.orpo",
     "plan": "qorpo.planning.plan",
     "token_logps": "qorpo.ops.log_probs",
     "train": "qorpo.training.run",
 }
 
-__all__ = ["Trainer", "load_pairs", "orpo_loss", "plan", "token_logps", "train"]
+__all__ = ["Trainer", "load_pairs", "merge", "orpo_loss", "plan", "token_logps", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -116,6 +116,69 @@ def data(
 
 
 @app.command()
+def merge(
+    adapter: Annotated[
+        str, typer.Argument(metavar="RUN_OR_ADAPTER", help="A run's folder, or an adapter in PEFT's format.")
+    ],
+    output: Annotated[str | None, typer.Option(help="The folder to make.")] = None,
+    adapters: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--adapter",
+            metavar="PATH[=WEIGHT]",
+            help="One more to merge after it, by a weight (the first takes one too); may be repeated.",
+        ),
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="The base, where it is not where the run says.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub's base.")] = None,
+    onto: Annotated[
+        str, typer.Option(help="The base's original weights, or its NF4 weights dequantized.")
+    ] = "original",
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; else each tensor keeps the base's.")
+    ] = None,
+    max_shard_size: Annotated[float, typer.Option(help="The most in one file, in GB.")] = 5.0,
+    verify: Annotated[
+        str | None,
+        typer.Option(metavar="PAIRS", help="Pairs to verify by; else the run's own evaluation pairs."),
+    ] = None,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Merge only.")] = False,
+    check_only: Annotated[
+        bool, typer.Option("--check-only", help="Check everything, write nothing.")
+    ] = False,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read .bin weights too (tensors only, no code).")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Merge a run's adapter into its base, tensor by tensor, and verify the result."""
+    console = Console(stderr=True)
+    _log_to(console)
+    _quiet_bars_where_no_terminal()
+    from qorpo.merging.merge import merge as run
+    from qorpo.merging.progress import bytes_written
+
+    try:
+        with bytes_written(console) as progress:
+            result = run(
+                adapter, output, adapters=adapters or [], base=base, revision=revision, onto=onto, dtype=dtype,
+                max_shard_bytes=round(max_shard_size * 1e9), verify=verify or not no_verify,
+                check_only=check_only, allow_pickle=allow_pickle, progress=progress,
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        typer.echo("qorpo: stopped", err=True)
+        raise typer.Exit(130) from None
+    if result.output is None:
+        typer.echo(f"nothing written; {result.changed} tensors would change")
+        return
+    typer.echo(f"merged: {result.output}")
+    for line in result.verification.lines() if result.verification else []:
+        typer.echo(line)
+    if result.verification and not result.verification.passed:
+        raise typer.Exit(1)
+
+
+@app.command()
 def plan(
     recipes: Annotated[
         list[str],

@@ -2,12 +2,16 @@
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from tiny import changed
+
+import qorpo
 
 ROOT = Path(__file__).parents[1]
 BENCH = ROOT / "scripts" / "bench"
@@ -146,3 +150,37 @@ def test_gpu_check_claims_nothing_without_a_gpu(tmp_path):
     assert "nothing was measured" in answer.stderr
     assert answer.stdout == ""
     assert not output.exists()
+
+
+@pytest.mark.slow
+def test_merge_beside_a_copy(tmp_path):
+    output = tmp_path / "results.jsonl"
+    (line,) = run(
+        "merge.py", "speed", "--shape", "tiny", "--folder", tmp_path, "--repeats", 1, "--output", output
+    )
+    check_line(line, "merge")
+    figures = line["figures"]
+    assert figures["speed_of_copy"] > 0
+    assert 50 < figures["peak_rss_anon_mib"] < 500
+    assert [path.name for path in tmp_path.iterdir()] == ["results.jsonl"]  # nothing stays
+
+
+@pytest.mark.slow
+def test_merging_a_billion_weights_takes_no_memory(tmp_path):
+    if shutil.disk_usage(tmp_path).free < 8 * 10**9:
+        pytest.skip("twice 2.5 GB, and room to spare")
+    (line,) = run("merge.py", "speed", "--shape", "1b", "--folder", tmp_path, "--repeats", 1)
+    check_line(line, "merge")
+    largest_mib = 32000 * 2048 * 2 / 2**20
+    assert line["figures"]["peak_rss_anon_mib"] < 4 * largest_mib + 500
+
+
+@pytest.mark.slow
+def test_which_base_to_merge_onto(base, pairs_file, recipe_dict, tmp_path):
+    qorpo.train(changed(recipe_dict, data__eval=0.25))
+    (line,) = run("merge.py", "onto", tmp_path / "run")
+    check_line(line, "merge")
+    figures = line["figures"]
+    near, far = (figures[onto]["against_adapter_on_nf4"]["kl_mean"] for onto in ("dequantized", "original"))
+    assert 0 <= near < far
+    assert set(figures["original-dequantized"]["nll"]) == {"mean", "low", "high"}

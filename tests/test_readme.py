@@ -79,7 +79,7 @@ def test_the_data_commands_run(workplace, command, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_train_commands_run(workplace):
+def test_the_commands_run(workplace):
     commands = [
         line.split("#")[0]
         for block in blocks("bash")
@@ -95,6 +95,15 @@ def test_the_train_commands_run(workplace):
     files = re.search(r"runs/NAME/\n(.*?)```", README, re.DOTALL)[1]
     promised = [line.split()[0].rstrip("/") for line in files.splitlines()]
     assert sorted(promised) == sorted(path.name for path in (workplace / "runs/mine").iterdir())
+
+    merges = [
+        line.split("#")[0] for block in blocks("bash") for line in block.splitlines() if "qorpo merge" in line
+    ]
+    assert len(merges) == 3
+    for command in merges:
+        done = run([sys.executable, "-m", "qorpo", *shlex.split(command)[1:]], workplace)
+        assert done.returncode == 0, done.stderr
+    assert (workplace / "models/mine/model.safetensors").exists()
 
 
 @pytest.mark.slow

@@ -53,12 +53,17 @@ def attach_lora(
         raise ModelError(
             "lora.targets: the output head can't carry LoRA; name it in lora.modules_to_save to train it whole"
         )
+    compute_in_base_type(peft_model)
+    return peft_model
+
+
+def compute_in_base_type(peft_model: PeftModel) -> None:
+    """Keep what trains in float32, and cast it to the activations' type where it is used, as `attach_lora` says."""
     for module in peft_model.modules():
         if isinstance(module, LoraLayer):
             _keep_input_type(module)
         elif isinstance(module, ModulesToSaveWrapper):
             _train_in_float32(module)
-    return peft_model
 
 
 def output_head(model: Any) -> Any:

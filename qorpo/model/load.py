@@ -23,6 +23,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from qorpo.errors import ModelError
+from qorpo.model.nf4 import mend_dequantization
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ def load_tokenizer(
     Raises:
         ModelError: where there is no tokenizer to be had.
     """
-    source = _source(path)
+    source = model_source(path)
     if (
         Path(source).is_dir()
         and not any(Path(source).glob("tokenizer*"))
@@ -60,7 +61,7 @@ def load_config(path: str, *, revision: str | None = None, trust_remote_code: bo
     Raises:
         ModelError: where there is none to be had.
     """
-    source = _source(path)
+    source = model_source(path)
     if Path(source).is_dir():
         _check_config(Path(source))
     else:
@@ -100,7 +101,7 @@ def load_model(
             return AutoModelForCausalLM.from_config(
                 config, dtype=torch.bfloat16, trust_remote_code=trust_remote_code
             )
-    source = _source(path)
+    source = model_source(path)
     if Path(source).is_dir():
         _check_weights_there(Path(source), allow_pickle)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -127,7 +128,8 @@ def load_model(
     return model
 
 
-def _source(path: str) -> str:
+def model_source(path: str) -> str:
+    """A local folder or a hub id; raises ModelError for a path that is neither."""
     if path == "demo":
         return str(DEMO_BASE)
     local = Path(path).expanduser()
@@ -213,10 +215,10 @@ def nf4_config(config: Any) -> Any:
 
 
 def keep_nf4_trainable(model: nn.Module) -> int:
-    """Keep bitsandbytes from repacking weights in evaluation for a CPU kernel that has no autograd.
+    """Keep bitsandbytes from what makes training on the CPU silently wrong; returns how many layers are in 4 bits.
 
-    On processors with avx512_bf16 a later training forward would run that kernel: gradients are silently wrong.
-    Returns how many layers are in 4 bits.
+    On processors with avx512_bf16 evaluation would repack weights for a kernel that has no autograd, and a later
+    training forward would run it. On those with AVX-512 rows of some lengths are dequantized wrongly.
     """
     if importlib.util.find_spec("bitsandbytes") is None:
         return 0
@@ -225,6 +227,8 @@ def keep_nf4_trainable(model: nn.Module) -> int:
     quantized = [module for module in model.modules() if isinstance(module, Linear4bit)]
     for module in quantized:
         module.support_avx512bf16_for_cpu = False
+    if quantized:
+        mend_dequantization()
     return len(quantized)
 
 

@@ -12,7 +12,7 @@ from qorpo.errors import ModelError
 from qorpo.model.recompute import decoder_layers
 from qorpo.model.scoring import Mode
 from qorpo.planning.fake_model import make_fake_model, shortened
-from qorpo.planning.step_memory import StepMemory, StepShape, step_memory
+from qorpo.planning.step_memory import HEAD, StepMemory, StepShape, step_memory
 from qorpo.recipe import Recipe
 
 FEW_LAYERS = 6
@@ -95,22 +95,29 @@ class StepCounter:
         """
         recomputed, kept = settings.recomputed_layers, self.num_layers - settings.recomputed_layers
         if self.num_layers <= FEW_LAYERS or not self.can_shorten:
-            return _bytes(self.count(settings))
+            return {name: peak.total_bytes for name, peak in self.count(settings).peaks.items()}
         few_recomputed, few_kept = min(recomputed, 2), min(kept, 1 if recomputed else 2)
 
         def of(recomputed: int, kept: int) -> dict[str, int]:
             short = replace(settings, recomputed_layers=recomputed)
-            return _bytes(self._count(short, recomputed + kept))
+            return {
+                name: peak.total_bytes for name, peak in self._count(short, recomputed + kept).peaks.items()
+            }
 
         few = of(few_recomputed, few_kept)
         total = dict(few)
-        for more, bigger in (
-            (recomputed - few_recomputed, (few_recomputed + 1, few_kept)),
-            (kept - few_kept, (few_recomputed, few_kept + 1)),
-        ):
-            if more:
-                one_more = of(*bigger)
-                total = {name: size + more * (one_more[name] - few[name]) for name, size in total.items()}
+        if kept > few_kept:
+            one_more = of(few_recomputed, few_kept + 1)
+            total = {
+                name: size + (kept - few_kept) * (one_more[name] - few[name]) for name, size in total.items()
+            }
+        if recomputed > few_recomputed:
+            # Counted without kept layers, for which every number of recomputed ones comes in handy. At the peaks of
+            # kept layers all inputs are there, as in the head.
+            one, two = of(few_recomputed, 0), of(few_recomputed + 1, 0)
+            growth = {name: two[name] - one[name] for name in one}
+            more = recomputed - few_recomputed
+            total = {name: size + more * growth.get(name, growth[HEAD]) for name, size in total.items()}
         return total
 
     def _count(self, settings: MemorySettings, num_layers: int) -> StepMemory:
@@ -154,10 +161,6 @@ def likely_modes(config: PretrainedConfig, attention: str, *, on_cuda: bool) -> 
     drops = getattr(text, "attention_dropout", 0.0) or getattr(text, "attn_pdrop", 0.0)
     has_kernel = on_cuda and not drops and getattr(text, "attn_logit_softcapping", None) is None
     return [*(["varlen"] if has_kernel else []), "sdpa", "dense", "unshared"]  # type: ignore[list-item]
-
-
-def _bytes(step: StepMemory) -> dict[str, int]:
-    return {name: peak.total_bytes for name, peak in step.peaks.items()}
 
 
 def pair_of(row_tokens: int) -> PairLengths:

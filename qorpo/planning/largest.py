@@ -19,8 +19,8 @@ def longest_row_that_fits(recipe: Recipe, counter: StepCounter, chunk_tokens: in
     start = sum(counter.longest)
 
     def settings_of(row_tokens: int) -> MemorySettings:
-        # Beside a long row a thirty-second of it is a small chunk, and smaller ones would take long to count.
-        settings = frugal(recipe.memory, counter, max(chunk_tokens, row_tokens // 32))
+        # Beside a long row a sixteenth of it is a small chunk, and smaller ones would take long to count.
+        settings = frugal(recipe.memory, counter, max(chunk_tokens, row_tokens // 16))
         return replace(settings, microbatch_tokens=row_tokens)
 
     def need(row_tokens: int) -> int:

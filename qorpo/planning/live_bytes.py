@@ -5,8 +5,9 @@ import weakref
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -107,14 +108,16 @@ class LiveBytes(TorchDispatchMode):
 
 def _kind_of(frame: FrameType | None) -> str | None:
     while frame is not None:
-        code = frame.f_code
-        if code.co_name in _KIND_OF_FUNCTION:
-            return _KIND_OF_FUNCTION[code.co_name]
-        for ending, kind in _KIND_OF_FILE.items():
-            if code.co_filename.endswith(ending):
-                return kind
+        if (kind := _kind_of_code(frame.f_code)) is not None:
+            return kind
         frame = frame.f_back
     return None
+
+
+@cache
+def _kind_of_code(code: CodeType) -> str | None:
+    endings = (kind for ending, kind in _KIND_OF_FILE.items() if code.co_filename.endswith(ending))
+    return _KIND_OF_FUNCTION.get(code.co_name) or next(endings, None)
 
 
 def _autograd_adds(tensors: tuple[Any, ...]) -> bool:

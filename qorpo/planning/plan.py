@@ -37,9 +37,7 @@ class Plan:
     paged_gib: float  # optimizer states that leave the card when it is short
     memory: dict[str, Any]  # the recipe's memory section as it would be trained
     largest: dict[str, int]  # what fits with all that `auto` may do: microbatch_tokens, max_length, lora_rank
-    advice: list[
-        str
-    ]  # what makes it fit, the cheapest first; where it fits by itself, what auto did for that
+    advice: list[str]  # what makes it fit, the cheapest first; where it fits, what auto did for that
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -1,11 +1,17 @@
 """The plan at work in a run: what `auto` becomes, where it is written down, and a card that is capped."""
 
+import ast
 import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from tiny import changed
 
+import qorpo
 from qorpo import Trainer, load_pairs
 from qorpo.model.load import load_model, load_tokenizer
 from qorpo.model.recompute import _Recomputed, decoder_layers
@@ -110,3 +116,16 @@ def test_a_card_is_capped_at_the_budget(monkeypatch, budget, fraction):
     assert card.fraction is None
     auto.cap_card(budget, torch.device("cuda"))
     assert card.fraction == (fraction if fraction is None else pytest.approx(fraction))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="CUDA's allocator has no expandable segments elsewhere")
+@pytest.mark.parametrize("own", [{}, {"PYTORCH_ALLOC_CONF": "x:1"}, {"PYTORCH_CUDA_ALLOC_CONF": "y:2"}])
+def test_fragmentation_is_seen_to_before_cuda_starts_unless_the_user_did(own):
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    others = {name: value for name, value in os.environ.items() if name not in names}
+    script = f"import os, qorpo; print({{name: os.environ[name] for name in {names} if name in os.environ}})"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True,
+        env={**others, **own, "PYTHONPATH": str(Path(qorpo.__file__).parents[1])},
+    )  # fmt: skip
+    assert ast.literal_eval(done.stdout) == (own or {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})

@@ -96,7 +96,7 @@ def test_the_longest_row_fits_by_a_full_count_and_hardly_a_longer_one():
     room = 2 * reserved_bytes(counter.peak_bytes(frugal(recipe.memory, counter, 64)))
     row = longest_row_that_fits(recipe, counter, 64, room)
     longer = counter.changed(longest=pair_of(row))
-    counted = longer.count(frugal(recipe.memory, longer, max(64, row // 32)))
+    counted = longer.count(frugal(recipe.memory, longer, max(64, row // 16)))
     assert 0.96 * room < reserved_bytes(counted.peak.total_bytes) <= 1.005 * room
 
 

@@ -5,13 +5,12 @@ import os
 import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from conftest import PUBLISHED, published_config
+from published import PUBLISHED, published_config
 
 import qorpo
 from qorpo.errors import ModelError, RecipeError
@@ -233,21 +232,38 @@ def test_a_model_without_a_config_is_an_error_in_one_message(command, little):
     assert "no config.json" in err
 
 
+def processor_seconds(command) -> tuple[float, str]:
+    before = os.times()
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    after = os.times()
+    spent = after.children_user + after.children_system - before.children_user - before.children_system
+    return spent, done.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "limit_s"), [("meta-llama/Llama-3.1-8B", 15), ("Qwen/Qwen2.5-32B", 30)])
-def test_a_plan_takes_seconds_and_little_memory(hub_folder, tmp_path, name, limit_s):
-    recipe = {"model": {"path": str(hub_folder(name))}, "data": {"train": "x"}, "output": "x"}
+def test_a_plan_takes_seconds_and_little_memory(tmp_path, name, limit_s):
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED[name]), encoding="utf-8")
+    recipe = {"model": {"path": str(tmp_path)}, "data": {"train": "x"}, "output": "x"}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    before, started = os.times(), time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-m", "qorpo", "plan", str(tmp_path / "recipe.yaml"), "--budgets", "24", "--json"],
-        capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    after = os.times()
-    # It waits for nothing: on a machine busy with other things the processor's time says as much.
-    spent = after.children_user + after.children_system - before.children_user - before.children_system
-    assert json.loads(done.stdout)["fits"]
-    assert min(time.perf_counter() - started, spent) <= limit_s
+    command = [
+        sys.executable,
+        "-m",
+        "qorpo",
+        "plan",
+        str(tmp_path / "recipe.yaml"),
+        "--budgets",
+        "24",
+        "--json",
+    ]
+    importing, _ = processor_seconds([sys.executable, "-c", "import qorpo.planning.plan"])
+    spent, answer = processor_seconds(command)
+    assert json.loads(answer)["fits"]
+    # It waits for nothing, so the processor's time says as much as the clock. Where libraries alone take more than 5
+    # of the seconds, the machine is slower than the one the limit is meant for, or busy with other things.
+    assert spent <= limit_s * max(1, importing / 5)
     peak_kib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     assert peak_kib < 2 * 2**20
 

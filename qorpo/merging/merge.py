@@ -1,0 +1,193 @@
+"""Adapters into base weights, on a small machine: check all of it, stream it shard by shard, then prove it."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import cast, get_args
+
+import torch
+
+from qorpo.data.tokenize import TokenizedPair
+from qorpo.errors import DataError, QorpoError, RecipeError, RunError
+from qorpo.merging.output import (
+    check_output,
+    gib,
+    tokenizer_folder,
+    whole_folder,
+    write_card,
+    write_files,
+    write_json,
+)
+from qorpo.merging.plan import Onto, Plan, make_plan
+from qorpo.merging.shards import write_shards
+from qorpo.merging.source import Base, Trained, find_base, find_trained
+from qorpo.merging.verify import (
+    Verification,
+    evaluation_pairs,
+    memory_free,
+    memory_needed,
+    unverifiable,
+    verify_merged,
+)
+from qorpo.recipe import ObjectiveRecipe
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MAX_SHARD_BYTES = 5 * 10**9
+
+Progress = Callable[[int, int], None]
+"""Told of (bytes done, bytes in all) as a merge goes."""
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """What a merge wrote, or would have written."""
+
+    output: Path | None  # None after checking only
+    onto: Onto
+    changed: int  # tensors that the adapters change
+    total_bytes: int
+    verification: Verification | None  # None where there was nothing to verify by, or no memory for it
+
+
+def merge(
+    adapter: str | Path,
+    output: str | Path | None,
+    *,
+    adapters: Sequence[str] = (),
+    base: str | Path | None = None,
+    revision: str | None = None,
+    onto: str = "original",
+    dtype: str | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    verify: bool | str | Path = True,
+    check_only: bool = False,
+    allow_pickle: bool = False,
+    progress: Progress | None = None,
+) -> MergeResult:
+    """Write the model that base and adapters make together, as one folder that transformers opens, and verify it.
+
+    Tensors are streamed: memory does not grow with the model, only with its largest tensor. Verifying takes a model.
+
+    Args:
+        adapter: a run's folder, or an adapter in PEFT's format; `path=0.5` merges half of its change.
+        output: the folder to make.
+        adapters: more of them, merged in turn.
+        base: a local folder or a hub id; None: the base that the adapters name.
+        revision: branch, tag or commit of a hub's base; None: the one that was trained on.
+        onto: original, the base's own weights, or dequantized, its NF4 weights as training saw them. The default
+            is what scored better on held-out pairs of our own runs (scripts/bench/results/merge.jsonl).
+        dtype: float32, bfloat16 or float16; None: each tensor keeps the base's.
+        max_shard_bytes: the most in one file.
+        verify: pairs to verify by; True: the run's own evaluation, where it has one and memory allows it.
+        check_only: check everything and write nothing.
+        allow_pickle: also read .bin weights (by torch's weights-only reader).
+
+    Raises:
+        QorpoError: what the user can mend, before anything is written where that can be known.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise RecipeError(f"--dtype: got {dtype!r}; expected {', '.join(DTYPES)}")
+    if onto not in get_args(Onto):
+        raise RecipeError(f"--onto: got {onto!r}; expected {' or '.join(get_args(Onto))}")
+    if output is None and not check_only:
+        raise RecipeError("--output: missing; give the folder to make, or --check-only")
+    trained = [find_trained(str(path), allow_pickle=allow_pickle) for path in (adapter, *adapters)]
+    onto = cast(Onto, onto)
+    if onto == "dequantized" and any(
+        each.recipe and each.recipe.model.quantization == "none" for each in trained
+    ):
+        raise RecipeError(
+            "--onto dequantized: the run trained on unquantized weights; merge onto the original"
+        )
+    found = find_base(trained, str(base) if base else None, revision, allow_pickle=allow_pickle)
+    plan = make_plan(
+        found, trained, onto=onto, dtype=DTYPES[dtype] if dtype else None,
+        max_shard_bytes=max_shard_bytes, allow_pickle=allow_pickle,
+    )  # fmt: skip
+    logger.info(
+        "merge: %d of %d tensors change, onto the %s weights of %s; %s to write",
+        plan.changed, sum(len(shard.tensors) for shard in plan.shards), onto, found.name, gib(plan.total_bytes),
+    )  # fmt: skip
+    if output is not None:
+        output = Path(output).expanduser()
+        check_output(output, plan.total_bytes)
+    pairs = _pairs_to_verify_by(verify, found, trained, plan)
+    if output is None or check_only:
+        return MergeResult(None, onto, plan.changed, plan.total_bytes, None)
+    _write(output, found, trained, plan, onto, progress)
+    verification = _verified(output, found, trained, pairs, onto) if pairs else None
+    return MergeResult(output, onto, plan.changed, plan.total_bytes, verification)
+
+
+def _write(
+    output: Path, base: Base, trained: Sequence[Trained], plan: Plan, onto: Onto, progress: Progress | None
+) -> None:
+    done = 0
+
+    def told(num_bytes: int) -> None:
+        nonlocal done
+        done += num_bytes
+        if progress is not None:
+            progress(done, plan.total_bytes)
+
+    with whole_folder(output) as folder:
+        with torch.no_grad():
+            write_shards(folder, plan.shards, told)
+        write_files(folder, base, trained, plan.config)
+        write_card(folder, base, trained, onto)
+
+
+def _pairs_to_verify_by(
+    verify: bool | str | Path, base: Base, trained: Sequence[Trained], plan: Plan
+) -> list[TokenizedPair]:
+    """Pairs, where there are any and memory for them; says what it will take, or why there is no verification.
+
+    Raises:
+        QorpoError: where pairs that were asked for can't be used.
+    """
+    if verify is False:
+        return []
+    asked_for = None if verify is True else verify
+    try:
+        if problem := unverifiable([each.adapter for each in trained]):
+            raise RunError(problem)
+        pairs = evaluation_pairs(asked_for, trained[0].recipe, str(tokenizer_folder(base, trained)))
+        if not pairs:
+            raise DataError("the run has no evaluation pairs; give some with --verify")
+        config = base.config.get_text_config()
+        parameters = sum(prod(tensor.shape) for shard in plan.shards for tensor in shard.tensors)
+        needed = memory_needed(parameters, config.vocab_size, config.hidden_size, pairs)
+        free = memory_free(_device())
+        if needed > free:
+            raise RunError(f"verifying needs about {gib(needed)} of memory, and {gib(free)} are free")
+    except QorpoError as problem:
+        if asked_for is not None:
+            raise
+        logger.warning("verify: not verified: %s", problem)
+        return []
+    logger.info("verify: by %d pairs, after merging; about %s of memory", len(pairs), gib(needed))
+    return pairs
+
+
+def _verified(
+    output: Path, base: Base, trained: Sequence[Trained], pairs: list[TokenizedPair], onto: Onto
+) -> Verification:
+    """Judged by the adapter on the weights that it was merged onto; those it was trained on are reported too."""
+    recipe = trained[0].recipe
+    references = ["nf4"] if onto == "dequantized" else ["none"]
+    if recipe is not None and recipe.model.quantization == "nf4" and onto == "original":
+        references.append("nf4")
+    verification = verify_merged(
+        output, base, [each.adapter for each in trained], pairs,
+        references=references, objective=recipe.objective if recipe else ObjectiveRecipe(), device=_device(),
+    )  # fmt: skip
+    write_json(output / "verification.json", verification.as_dict())
+    return verification
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,163 @@
+"""What goes into a merge: runs or adapters, and the base they were trained on."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig
+
+from qorpo.errors import ModelError, RunError
+from qorpo.merging.adapter import Adapter
+from qorpo.model.load import model_source
+from qorpo.recipe import Recipe, load_recipe
+
+# Of a hub's model: what transformers opens, and what belongs to it.
+FILES = [
+    "*.json",
+    "*.safetensors",
+    "*.txt",
+    "*.model",
+    "*.jinja",
+    "*.py",
+    "*.tiktoken",
+    "LICENSE*",
+    "NOTICE*",
+]
+DOUBLES = ["consolidated*", "original/*"]  # the same weights in another format
+
+
+@dataclass(frozen=True)
+class Trained:
+    """An adapter, and the run it came from where qorpo trained it."""
+
+    adapter: Adapter
+    run: Path | None
+
+    @cached_property
+    def recipe(self) -> Recipe | None:
+        return load_recipe(self.run / "recipe.yaml") if self.run else None
+
+    @property
+    def base(self) -> str | None:
+        """Of what the adapter itself says, the path of its base."""
+        recipe = self.recipe
+        return recipe.model.path if recipe else self.adapter.config.base_model_name_or_path
+
+    @property
+    def base_revision(self) -> str | None:
+        """The commit that the run noted, else the branch or commit that was asked for."""
+        recipe, commit = self.recipe, self.note("environment.json").get("base_commit")
+        return commit or (recipe.model.revision if recipe else self.adapter.config.revision)
+
+    def note(self, name: str) -> dict[str, Any]:
+        """A JSON file of the run; empty where there is none."""
+        path = self.run / name if self.run else None
+        return json.loads(path.read_text(encoding="utf-8")) if path and path.is_file() else {}
+
+
+def find_trained(path: str, *, allow_pickle: bool = False) -> Trained:
+    """A run folder, its adapter, one of its checkpoints, or an adapter alone; `path=0.5` merges half of its change.
+
+    Raises:
+        RunError: where there is none of these.
+    """
+    folder, weight = _split_weight(path)
+    if (folder / "recipe.yaml").is_file():
+        if not (folder / "adapter").is_dir():
+            raise RunError(
+                f"{folder}: the run has no adapter yet; finish it by --resume, or give a checkpoint"
+            )
+        run, folder = folder, folder / "adapter"
+    elif (folder / "adapter_config.json").is_file():
+        above = folder.absolute().parent
+        homes = (above, above.parent) if above.name == "checkpoints" else (above,)
+        run = next((home for home in homes if (home / "recipe.yaml").is_file()), None)  # type: ignore[assignment]
+    else:
+        raise RunError(
+            f"{folder}: no run (recipe.yaml) and no adapter (adapter_config.json) there; give a run's folder"
+        )
+    return Trained(Adapter.open(folder, weight, allow_pickle=allow_pickle), run)
+
+
+def _split_weight(path: str) -> tuple[Path, float]:
+    name, equals, text = path.rpartition("=")
+    if equals and not Path(path).expanduser().exists():
+        try:
+            return Path(name).expanduser(), float(text)
+        except ValueError:
+            pass
+    return Path(path).expanduser(), 1.0
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model's folder with its configuration, as transformers and as the file have it."""
+
+    folder: Path
+    name: str
+    commit: str | None  # of a hub's snapshot
+    config: Any
+    raw_config: dict[str, Any]
+    trust_remote_code: bool
+
+
+def find_base(
+    trained: Sequence[Trained], path: str | None, revision: str | None, *, allow_pickle: bool = False
+) -> Base:
+    """The base that the adapters were trained on, or the one given instead, from a local folder or the hub's cache.
+
+    Raises:
+        ModelError: where it can't be had, or is not the one that an adapter was trained on.
+    """
+    bases = list(dict.fromkeys(each.base for each in trained if each.base))
+    if path is None and len(bases) != 1:
+        said = " and ".join(bases) if bases else "no base"
+        raise ModelError(f"the adapters name {said}; say which to merge into with --base")
+    path = path or bases[0]
+    source = model_source(path)
+    revision = revision or next((each.base_revision for each in trained if each.base == path), None)
+    folder = Path(source)
+    if not folder.is_dir():
+        patterns = [*FILES, "*.bin"] if allow_pickle else FILES
+        try:
+            folder = Path(
+                snapshot_download(source, revision=revision, allow_patterns=patterns, ignore_patterns=DOUBLES)
+            )
+        except Exception as error:  # of whichever HTTP library is underneath
+            raise ModelError(
+                f"{source}: neither a folder nor to be had from the hub: {str(error).splitlines()[0]}"
+            ) from error
+    commit = folder.name if folder.parent.name == "snapshots" else None
+    _check_same(trained, path, commit)
+    remote_code = any(each.recipe.model.trust_remote_code for each in trained if each.recipe)
+    try:
+        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{folder}: config.json can't be read: {str(error).splitlines()[0]}") from error
+    if raw.get("quantization_config"):
+        raise ModelError(f"{folder}: the base is quantized already; give the unquantized one with --base")
+    return Base(folder, path, commit, config, raw, remote_code)
+
+
+def _check_same(trained: Sequence[Trained], path: str, commit: str | None) -> None:
+    for each in trained:
+        if each.base and each.base != path and _is_hub_id(each.base) and _is_hub_id(path):
+            raise ModelError(
+                f"{each.adapter.folder}: trained on {each.base}, not on {path}; to merge into that nonetheless, "
+                "give its local folder with --base"
+            )
+        noted = each.note("environment.json").get("base_commit")
+        if noted and commit and noted != commit:
+            raise ModelError(
+                f"{each.adapter.folder}: trained on commit {noted} of its base, and this is {commit}; "
+                f"give --revision {noted}"
+            )
+
+
+def _is_hub_id(path: str) -> bool:
+    return path.count("/") == 1 and not path.startswith((".", "/", "~")) and not Path(path).is_dir()

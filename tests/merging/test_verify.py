@@ -1,0 +1,174 @@
+"""The verification: its figures against plain ones in float64, and that it catches a merge that is wrong."""
+
+import logging
+
+import pytest
+import torch
+from architectures import SHARED, build
+from lora_folders import add_adapter, load, save_base
+from safetensors.torch import load_file, save_file
+from tiny import make_base, preference_records, write_records
+
+import qorpo
+from qorpo.data.pack import pack_pairs
+from qorpo.data.tokenize import TokenizedPair
+from qorpo.errors import RunError
+from qorpo.merging import merge as merging
+from qorpo.merging.source import find_base, find_trained
+from qorpo.merging.verify import THRESHOLDS, _Scores, verify_merged, with_adapters
+from qorpo.model.load import load_model
+from qorpo.model.scoring import sequences
+from qorpo.model.selfcheck import own_logps
+from qorpo.recipe import ObjectiveRecipe
+
+PAIRS = [
+    TokenizedPair((5, 9, 30), (7, 8, 9, 10), (11, 12), "a"),
+    TokenizedPair((6,), (70, 80), (90, 91, 92), "b"),
+    TokenizedPair((40, 41), (60,), (61, 62, 63), "c"),
+]
+CPU = torch.device("cpu")
+
+
+def plain_kl(reference, merged):
+    """(S,) in float64, from each model's own logits of each sequence alone."""
+    divergences = []
+    with torch.no_grad():
+        for ids, predictors, _ in sequences(pack_pairs(PAIRS)):
+            own, others = (
+                model(ids).logits[0, predictors].double().log_softmax(-1) for model in (reference, merged)
+            )
+            divergences.append((own.exp() * (own - others)).sum(-1))
+    return torch.cat(divergences)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "cohere", "granite", "phi", "gpt2"])
+def test_the_divergence_is_that_of_the_models_own_logits(name):
+    """Caps, scales and biases of the head included."""
+    reference, merged = build(name).float(), build(name).float()
+    with torch.no_grad():
+        for parameter in merged.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+    objective = ObjectiveRecipe()
+    scores = [_Scores.of(model, PAIRS, objective) for model in (reference, merged)]
+    comparison = scores[0].compared_with(scores[1], "the reference", judged=True)
+    kl_S = plain_kl(reference, merged)
+    assert comparison.figures["kl_mean"] == pytest.approx(kl_S.mean().item(), rel=1e-4)
+    assert comparison.figures["kl_worst"] == pytest.approx(kl_S.max().item(), rel=1e-4)
+    chosen = [own_logps(model, pack_pairs(PAIRS[:1])) for model in (reference, merged)]
+    assert chosen[0].shape == (6,)
+    assert comparison.figures["nll"] == pytest.approx(comparison.after["nll"] - comparison.before["nll"])
+    assert comparison.figures["nll"] == -comparison.figures["chosen_logps"]
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """A base with a tokenizer, an adapter on it as if trained, and pairs."""
+    folder = tmp_path_factory.mktemp("real")
+    base = make_base(folder / "base")
+    adapter = add_adapter(load(base), base, folder / "adapter")
+    return base, adapter, write_records(folder / "pairs.jsonl", preference_records()[:12])
+
+
+def test_a_merge_is_verified_by_given_pairs(real, tmp_path):
+    _, adapter, pairs = real
+    result = qorpo.merge(adapter, tmp_path / "model", verify=pairs)
+    assert result.verification.passed
+    assert result.verification.pairs == 12
+    (comparison,) = result.verification.comparisons
+    assert set(THRESHOLDS) <= set(comparison.figures)
+    assert "verification: passed" in result.verification.lines()
+
+
+@pytest.mark.parametrize("onto", ["original", "dequantized"])
+@pytest.mark.parametrize("mistake", ["a module left out", "half the scale"])
+def test_a_wrong_merge_fails(mistake, onto, real, tmp_path):
+    base, adapter, pairs = real
+    output = tmp_path / "model"
+    weighted = f"{adapter}=0.5" if mistake == "half the scale" else str(adapter)
+    merging.merge(weighted, output, onto=onto, verify=False)
+    if mistake == "a module left out":
+        merged, own = (load_file(folder / "model.safetensors") for folder in (output, base))
+        left_out = {
+            name: tensor for name, tensor in own.items() if name.endswith("layers.1.mlp.down_proj.weight")
+        }
+        save_file(merged | left_out, output / "model.safetensors", {"format": "pt"})
+    trained = find_trained(str(adapter))
+    verification = verify_merged(
+        output, find_base([trained], None, None), [trained.adapter],
+        merging.evaluation_pairs(pairs, None, str(base)),
+        references=["nf4" if onto == "dequantized" else "none"], objective=ObjectiveRecipe(), device=CPU,
+    )  # fmt: skip
+    assert not verification.passed
+    assert verification.lines()[-1] == "verification: FAILED"
+
+
+def test_a_failed_verification_ends_the_command_with_1_and_keeps_the_report(
+    real, tmp_path, command, monkeypatch
+):
+    _, adapter, pairs = real
+    monkeypatch.setitem(THRESHOLDS, "kl_mean", 0.0)
+    code, out, err = command("merge", adapter, "--output", tmp_path / "model", "--verify", pairs)
+    assert code == 1, err
+    assert "kl_mean: +0.0" in out
+    assert "too far" in out
+    assert out.endswith("verification: FAILED\n")
+    assert '"verdict": "fail"' in (tmp_path / "model" / "verification.json").read_text()
+
+
+def test_several_plain_adapters_are_verified_together(real, tmp_path):
+    base, adapter, pairs = real
+    second = add_adapter(
+        load(base), base, tmp_path / "second", seed=2, r=2, target_modules=["q_proj", "up_proj"]
+    )
+    result = qorpo.merge(adapter, tmp_path / "model", adapters=[f"{second}=0.5"], verify=pairs)
+    assert result.verification.passed
+    dora = add_adapter(load(base), base, tmp_path / "dora", seed=3, use_dora=True)
+    with pytest.raises(RunError, match="only where all are plain LoRA; give --no-verify"):
+        qorpo.merge(adapter, tmp_path / "no-model", adapters=[str(dora)], verify=pairs)
+    assert not (tmp_path / "no-model").exists()
+
+
+def test_added_tokens_are_verified(real, tmp_path):
+    base, _, pairs = real
+    grown = load(base)
+    grown.resize_token_embeddings(grown.config.vocab_size + 5)
+    adapter = add_adapter(grown, base, tmp_path / "grown")
+    result = qorpo.merge(adapter, tmp_path / "model", verify=pairs)
+    assert result.verification.passed
+
+
+@pytest.mark.parametrize("name", sorted(SHARED))
+def test_merged_is_as_near_to_the_adapter_on_4_bits_as_rounding_allows(name, tmp_path):
+    """Every architecture, both bases: the dequantized one is what training saw, the original is not."""
+    base = save_base(build(name, initializer_range=0.1), tmp_path / "base", torch.bfloat16)
+    adapter = add_adapter(load(base), base, tmp_path / "adapter")
+    with_adapter = with_adapters(load_model(str(base)), [find_trained(str(adapter)).adapter]).eval()
+    means = {}
+    for onto in ("original", "dequantized"):
+        merging.merge(adapter, tmp_path / onto, onto=onto)
+        means[onto] = (
+            plain_kl(with_adapter, load_model(str(tmp_path / onto), quantization="none")).mean().item()
+        )
+    assert means["dequantized"] < 0.5 * means["original"]
+    assert means["dequantized"] < 0.01
+
+
+# --- memory ---
+
+
+def test_too_little_memory_is_told_before_anything_is_written(real, tmp_path, monkeypatch, caplog):
+    _, adapter, pairs = real
+    monkeypatch.setattr(merging, "memory_free", lambda _: 1 << 29)
+    with pytest.raises(
+        RunError, match=r"verifying needs about 1\.\d\d GiB of memory, and 0\.50 GiB are free"
+    ):
+        qorpo.merge(adapter, tmp_path / "model", verify=pairs)
+    assert not (tmp_path / "model").exists()
+
+
+def test_without_being_asked_for_it_is_left_out_with_a_word(real, tmp_path, caplog):
+    _, adapter, _ = real
+    with caplog.at_level(logging.WARNING, "qorpo"):
+        result = qorpo.merge(adapter, tmp_path / "model")
+    assert result.verification is None
+    assert "not verified: the run has no evaluation pairs" in caplog.text
