@@ -2,7 +2,9 @@
 
 import json
 import logging
+import os
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -34,9 +36,13 @@ def train(
         bool,
         typer.Option("--resume", help="Go on with the run in the recipe's output, from its last checkpoint."),
     ] = False,
+    full: Annotated[
+        bool,
+        typer.Option("--full", help="Train all parameters, sharded over the GPUs of torchrun's processes."),
+    ] = False,
     debug: Debug = False,
 ) -> None:
-    """Train adapters on preference pairs, and leave a folder that explains the run."""
+    """Train on preference pairs, and leave a folder that explains the run."""
     from qorpo.training.progress import ConsoleProgress
 
     console = Console(stderr=True)
@@ -47,15 +53,36 @@ def train(
     from qorpo.training.run import train as run
 
     try:
-        result = run(load_recipe(recipe, overrides or []), resume=resume, progress=ConsoleProgress(console))
+        settings = load_recipe(recipe, [*(overrides or []), *(["tuning=full"] if full else [])])
+        # Started again by torchrun after a rank failed.
+        was_restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+        resume = resume or (was_restarted and Path(settings.output, "recipe.yaml").expanduser().exists())
+        result = run(settings, resume=resume, progress=ConsoleProgress(console))
     except KeyboardInterrupt:  # typer would end without a word
         typer.echo("qorpo: stopped; go on with --resume", err=True)
         raise typer.Exit(130) from None
-    typer.echo(f"adapter: {result.adapter}")
+    if int(os.environ.get("RANK", "0")):
+        return
+    typer.echo(f"{'model' if result.trainer.is_full else 'adapter'}: {result.trained}")
     if result.best_step is not None:
         typer.echo(f"best evaluation loss at step {result.best_step} of {result.steps}")
     for name, value in sorted(result.metrics.items()):
         typer.echo(f"{name}: {value:.4f}")
+
+
+@app.command()
+def export(
+    run: Annotated[
+        str, typer.Argument(help="The folder of a run of full tuning, or of one of its checkpoints.")
+    ],
+    output: Annotated[Path, typer.Option(help="The folder to make.")],
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16, or float32.")] = "bfloat16",
+    debug: Debug = False,
+) -> None:
+    """Write the model of a sharded checkpoint as a folder that transformers opens."""
+    from qorpo.training.export import export_model
+
+    typer.echo(f"model: {export_model(run, output, dtype=dtype)}")
 
 
 @app.command()
@@ -192,8 +219,15 @@ def main() -> None:
     except QorpoError as error:
         if "--debug" in sys.argv:
             raise
+        if rank := int(os.environ.get("RANK", "0")):
+            # What all ranks find wrong the first one says, and torchrun ends the others meanwhile.
+            time.sleep(SECONDS_FOR_THE_FIRST_RANK)
+            error = f"rank {rank}: {error}"  # type: ignore[assignment]
         typer.echo(f"qorpo: {error}", err=True)
         sys.exit(2)
+
+
+SECONDS_FOR_THE_FIRST_RANK = 5
 
 
 def _log_to(console: Console, level: int = logging.INFO) -> None:
@@ -201,6 +235,8 @@ def _log_to(console: Console, level: int = logging.INFO) -> None:
     handler: logging.Handler = logging.StreamHandler(console.file)
     if console.is_terminal:
         handler = RichHandler(console=console, show_time=False, show_path=False, show_level=False)
+    if int(os.environ.get("RANK", "0")):
+        level = logging.ERROR  # of several ranks the first one tells
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     logging.getLogger("qorpo").setLevel(level)
 

@@ -97,6 +97,8 @@ Columns = Annotated[
 
 Quantization = Literal["nf4", "none", "auto"]
 Attention = Literal["auto", "flash", "varlen", "sdpa", "dense", "unshared"]
+Tuning = Literal["lora", "full"]
+Sharding = Literal["auto", "none", "full", "hybrid"]
 OnBadRecord = Literal["fail", "skip"]
 Shape = Literal["chosen-rejected", "two-outputs", "scored", "ranked"]
 RankedPairs = Literal["best-worst", "adjacent", "all"]
@@ -130,7 +132,9 @@ class _Keys(BaseModel):
 class ModelRecipe(_Keys):
     path: Text = key(..., "The base model: a local folder, a hub id, or demo (qorpo's own tiny one).")
     revision: Text | None = key(None, "Branch, tag or commit of a hub model; null: its default branch.")
-    quantization: Quantization = key("auto", "Weights of the frozen base: nf4 (4 bits) or none; auto: nf4.")
+    quantization: Quantization = key(
+        "auto", "Weights of the frozen base: nf4 (4 bits) or none; auto: nf4, or none for full."
+    )
     attention: Attention = key("auto", "Attention over shared prompts; auto: chosen as the model loads.")
     chat_template: Text | None = key(None, "A Jinja file to use in place of the tokenizer's template.")
     trust_remote_code: Flag = key(False, "Run Python code that comes with the model.")
@@ -212,13 +216,15 @@ class ObjectiveRecipe(_Keys):
 
 class TrainRecipe(_Keys):
     pairs_per_step: Count = key(32, "Preference pairs to one optimizer step, over all GPUs.")
-    learning_rate: AutoPositive = key("auto", "The highest learning rate, at the end of warm-up; auto: 1e-4.")
+    learning_rate: AutoPositive = key(
+        "auto", "The highest learning rate, at the end of warm-up; auto: 1e-4, or 8e-6 for full."
+    )
     epochs: Positive = key(1.0, "Passes over the training pairs; fractions are fine.")
     max_steps: Count | None = key(None, "Optimizer steps to take; where given, it wins over epochs.")
     warmup_ratio: BelowOne = key(0.1, "Fraction of the steps over which the learning rate climbs from 0.")
     schedule: Schedule = key("cosine", "The learning rate's course after warm-up.")
     optimizer: Optimizer = key(
-        "auto", "AdamW of bitsandbytes (paged, 8-bit) or torch; auto: paged_adamw_8bit."
+        "auto", "AdamW of bitsandbytes or torch; auto: paged_adamw_8bit, or adamw_torch_fused for full."
     )
     weight_decay: NotNegative = key(0.0, "AdamW's decoupled weight decay.")
     adam_beta1: BelowOne = key(0.9, "AdamW's decay of the gradient's running average.")
@@ -247,10 +253,17 @@ class MemoryRecipe(_Keys):
     activation_offload: AutoFlag = key(
         "auto", "Keep recomputed layers' inputs in host memory; auto: only where the plan needs it."
     )
+    sharding: Sharding = key(
+        "auto",
+        "Weights over several GPUs: none (each has all), full, hybrid (within nodes); auto: none, or full for --full.",
+    )
 
 
 class Recipe(_Keys):
     model: ModelRecipe = key(..., "The base model.")
+    tuning: Tuning = key(
+        "lora", "What trains: lora adapters, or full, all of the model's parameters (--full)."
+    )
     lora: LoraRecipe = key(..., "The adapters trained on it.")
     data: DataRecipe = key(..., "The preference pairs.")
     objective: ObjectiveRecipe = key(..., "The loss.")
@@ -262,7 +275,7 @@ class Recipe(_Keys):
     @classmethod
     def _absent_sections_are_empty(cls, raw: dict[str, Any]) -> dict[str, Any]:
         # So that keys missing in them are named by their full path. YAML reads a heading without keys as null.
-        sections = (name for name in cls.model_fields if name != "output")
+        sections = (name for name in cls.model_fields if name not in ("output", "tuning"))
         return {**raw, **{name: {} for name in sections if raw.get(name) is None}}
 
     def to_dict(self) -> dict[str, Any]:
@@ -478,10 +491,12 @@ def resolve(
     `device_type` is torch's ("cuda", "cpu", …). `installed` tells whether a module can be imported. Raises RecipeError where the recipe needs one that can't.
     """
     installed = installed or _importable
+    full = recipe.tuning == "full"
     meaning = {
-        "model.quantization": "nf4",
-        "train.learning_rate": 1e-4,
-        "train.optimizer": "paged_adamw_8bit",
+        "model.quantization": "none" if full else "nf4",
+        "memory.sharding": "full" if full else "none",
+        "train.learning_rate": 8e-6 if full else 1e-4,
+        "train.optimizer": "adamw_torch_fused" if full else "paged_adamw_8bit",
         "train.report_to": ["tensorboard"] if installed("tensorboard") else [],
     }
     for key, value in recipe.values():
@@ -489,6 +504,15 @@ def resolve(
             recipe = recipe.replace(key, meaning[key])
 
     problems = []
+    if full and recipe.model.quantization == "nf4":
+        problems.append(
+            "model.quantization: nf4 weights can't be trained; leave out --full (tuning: full), or set it to auto or none"
+        )
+    if not full and recipe.memory.sharding in ("full", "hybrid"):
+        problems.append(
+            f"memory.sharding: {recipe.memory.sharding} is for --full (tuning: full); adapters are data-parallel: "
+            "set it to auto or none"
+        )
     if recipe.memory.activation_offload is True and device_type != "cuda":
         problems.append(
             f"memory.activation_offload: true needs a CUDA device, and this is {device_type}; set it to auto"

@@ -58,7 +58,7 @@ def main(overrides: list[str]) -> None:
             base = answer(result.trainer, prompt)
         answers.add_row(prompt, base, answer(result.trainer, prompt))
     console.print(answers)
-    console.print(f"{result.steps} steps in {seconds:.0f} s; adapter: {result.adapter}", soft_wrap=True)
+    console.print(f"{result.steps} steps in {seconds:.0f} s; adapter: {result.trained}", soft_wrap=True)
 
 
 def held_out_prompts(count: int) -> list[str]:

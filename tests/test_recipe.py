@@ -64,6 +64,7 @@ def test_three_keys_make_a_recipe_and_the_rest_has_the_documented_defaults():
             "trust_remote_code": False,
             "allow_pickle": False,
         },
+        "tuning": "lora",
         "lora": {"rank": 16, "alpha": 32, "dropout": 0.0, "targets": "all-linear", "modules_to_save": []},
         "data": {
             "train": ["demo"],
@@ -105,6 +106,7 @@ def test_three_keys_make_a_recipe_and_the_rest_has_the_documented_defaults():
             "logprob_chunk_tokens": "auto",
             "activation_checkpointing": "auto",
             "activation_offload": "auto",
+            "sharding": "auto",
         },
         "output": "runs/x",
     }
@@ -261,7 +263,7 @@ def test_an_unknown_key_near_nothing_comes_with_its_sections_keys():
     assert (
         problem("objective.weight=1") == f"objective.weight: {expected}"
     )  # the Python name is not the recipe's
-    top = "unknown key; known are model, lora, data, objective, train, memory, output"
+    top = "unknown key; known are model, tuning, lora, data, objective, train, memory, output"
     assert problem("zzz=1") == f"zzz: {top}"
     assert problem("output.zzz=1") == f"output.zzz: {top}"
     assert problems({**LEAST, 7: 1}) == [f"7: {top}"]
@@ -447,11 +449,12 @@ def test_resolve_replaces_every_auto_but_what_is_settled_as_the_model_loads(devi
     resolved = resolve(recipe, device_type=device_type, installed=lambda module: True)
     assert {line.partition(" in ")[0] + line.partition(",")[2] for line in recipe.differences(resolved)} == {
         "model.quantization: 'auto' 'nf4' now",
+        "memory.sharding: 'auto' 'none' now",
         "train.learning_rate: 'auto' 0.0001 now",
         "train.optimizer: 'auto' 'paged_adamw_8bit' now",
         "train.report_to: 'auto' ['tensorboard'] now",
     }
-    memory = [f"memory.{key}" for key in MemoryRecipe.model_fields]
+    memory = [f"memory.{key}" for key in MemoryRecipe.model_fields if key != "sharding"]
     assert [key for key in FIELDS if value(key, resolved) == "auto"] == ["model.attention", *memory]
     assert resolve(resolved, device_type=device_type, installed=lambda module: True) == resolved
 
@@ -474,6 +477,7 @@ def test_resolve_keeps_what_was_said():
         "memory.microbatch_tokens": 7,
         "memory.logprob_chunk_tokens": 8,
         "memory.activation_checkpointing": False,
+        "memory.sharding": "none",
     }
     recipe = load_recipe(LEAST)
     for key, each in said.items():
@@ -572,3 +576,23 @@ def test_the_recipe_names_what_the_data_rooms_know():
     limits = get_type_hints(Limits)
     assert get_args(recipe_module.LongPrompts) == get_args(limits["long_prompts"])
     assert get_args(recipe_module.LongResponses) == get_args(limits["long_responses"])
+
+
+def test_full_tuning_has_autos_of_its_own():
+    settings = dict(resolve(load_recipe(LEAST, ["tuning=full"]), device_type="cuda").values())
+    assert settings["model.quantization"] == "none"
+    assert settings["train.learning_rate"] == 8e-6
+    assert settings["train.optimizer"] == "adamw_torch_fused"
+    assert settings["memory.sharding"] == "full"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["tuning=full", "model.quantization=nf4"], "nf4 weights can't be trained; leave out --full"),
+        (["memory.sharding=hybrid"], "hybrid is for --full"),
+    ],
+)
+def test_what_full_tuning_and_adapters_cannot_have(overrides, said):
+    with pytest.raises(RecipeError, match=said):
+        resolve(load_recipe(LEAST, overrides), device_type="cuda")

@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.initialization import no_init_weights
 
 from qorpo.errors import ModelError
 from qorpo.model.nf4 import mend_dequantization
@@ -79,6 +80,7 @@ def load_model(
     device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
+    empty: bool = False,
 ) -> PreTrainedModel:
     """A causal language model in bfloat16, its linear layers in NF4 with double quantization if so asked.
 
@@ -88,11 +90,17 @@ def load_model(
         path: a local folder, a hub id (`org/name`), or `demo`.
         quantization: nf4 (bitsandbytes) or none.
         allow_pickle: also read `.bin` weights (by torch's weights-only reader).
+        empty: leave the weights out, in memory that is not touched: another process has them.
 
     Raises:
         ModelError: where the folder or id holds no model that can be read, with what to do.
     """
     config = load_config(path, revision=revision, trust_remote_code=trust_remote_code)
+    if empty:
+        with no_init_weights():
+            return AutoModelForCausalLM.from_config(
+                config, dtype=torch.bfloat16, trust_remote_code=trust_remote_code
+            )
     source = model_source(path)
     if Path(source).is_dir():
         _check_weights_there(Path(source), allow_pickle)

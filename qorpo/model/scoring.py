@@ -11,6 +11,7 @@ from qorpo.data.pack import PackedPairs
 from qorpo.errors import ModelError
 from qorpo.model.adapters import output_head
 from qorpo.model.attention import PACKED, Kernel, PackedLayout, dense_mask, expected_windows
+from qorpo.model.masters import computed_in
 from qorpo.ops.log_probs import token_logps
 
 Mode = Literal["flash", "varlen", "sdpa", "dense", "unshared"]
@@ -36,6 +37,15 @@ class PairScorer(nn.Module):
         self.model = model
         self.mode = mode
         self.chunk_tokens = chunk_tokens
+        self.compute_dtype: torch.dtype | None = (
+            None  # what trained parameters are cast to; None: as they are
+        )
+
+    def tie_weights(self) -> None:
+        """Asked for by accelerate when it shards. It would give the head a unit of its own where it could ask for that
+        too; in the root's the head is gathered once for all chunks, and until the last backward is done.
+        """
+        self.model.tie_weights()
 
     @property
     def text_config(self) -> Any:
@@ -44,23 +54,26 @@ class PairScorer(nn.Module):
     @contextmanager
     def attending(self) -> Iterator[None]:
         """Put packed attention in place of the model's own, for as long as rows are scored and differentiated."""
-        if self.mode not in get_args(Kernel):
-            yield
-            return
         config = self.text_config
         own = config._attn_implementation
-        config._attn_implementation = PACKED
+        if self.mode in get_args(Kernel):
+            config._attn_implementation = PACKED
         try:
-            yield
+            with computed_in(self.model, self.compute_dtype):
+                yield
         finally:
             config._attn_implementation = own
 
-    def forward(self, packed: PackedPairs) -> torch.Tensor:
+    def forward(self, packed: PackedPairs, by_own_logits: bool = False) -> torch.Tensor:
         """(S,) log-probs in the order of `packed.targets`; float64 for a float64 model.
+
+        With `by_own_logits` they are `own_logps`.
 
         Raises:
             ModelError: where a layer did not see the packed layout, so its result would be wrong.
         """
+        if by_own_logits:
+            return own_logps(self.model, packed)
         if self.mode == "unshared":
             return self._one_by_one(packed)
         expected = expected_windows(self.text_config)
@@ -119,6 +132,16 @@ class PairScorer(nn.Module):
             for kind in sorted(set(kinds))
         }
         return masks if len(masks) > 1 else next(iter(masks.values()))
+
+
+def own_logps(model: Any, packed: PackedPairs) -> torch.Tensor:
+    """(S,) log-probs by the plainest way there is: the model's own logits of each sequence alone."""
+    logps = []
+    for ids_1T, predictors, targets in sequences(packed):
+        logits = model(input_ids=ids_1T, use_cache=False).logits[0, predictors]
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        logps.append(logits.to(wide).log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1))
+    return torch.cat(logps)
 
 
 def sequences(packed: PackedPairs) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:

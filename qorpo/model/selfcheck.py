@@ -2,7 +2,7 @@
 
 import importlib.util
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from qorpo.data.pack import PackedPairs, pack_pairs
 from qorpo.data.tokenize import TokenizedPair
 from qorpo.errors import ModelError
-from qorpo.model.scoring import Mode, PairScorer, sequences
+from qorpo.model.scoring import Mode, PairScorer
 
 logger = logging.getLogger(__name__)
 
@@ -21,16 +21,31 @@ TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-3, torch.bfloat16: 0.1, tor
 
 
 def make_scorer(model: Any, attention: str = "auto", chunk_tokens: int = 256) -> PairScorer:
-    """A scorer whose log-probs were found equal to the model's own, by the best way of attending that the model allows.
+    """A scorer whose log-probs were found equal to the model's own; see `settle_mode`."""
+    scorer = PairScorer(model, chunk_tokens=chunk_tokens)
+    settle_mode(scorer, scorer, attention)
+    return scorer
+
+
+def settle_mode(
+    scorer: PairScorer,
+    call: Callable[..., torch.Tensor],
+    attention: str = "auto",
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Give a scorer the best way of attending that scores as its model does on its own.
 
     Args:
-        model: a causal language model of transformers, with or without PEFT adapters.
+        scorer: of a causal language model of transformers, with or without PEFT adapters.
+        call: the scorer as it is called, itself or what wraps it (all ranks of a sharded one together).
         attention: auto tries each mode and takes the first that holds; a named mode is taken or refused.
+        dtype: what the model computes in; None: its weights' own type.
 
     Raises:
         ModelError: where no mode, or not the named one, gives the model's own log-probs; says why for each.
     """
-    config = model.config.get_text_config()
+    model, config = scorer.model, scorer.text_config
+    dtype = dtype or model.dtype
     if getattr(config, "attn_logit_softcapping", None) and config._attn_implementation == "sdpa":
         # Before 5.23 transformers runs Gemma-2 on SDPA, which leaves the soft cap out without a word.
         config._attn_implementation = "eager"
@@ -39,14 +54,16 @@ def make_scorer(model: Any, attention: str = "auto", chunk_tokens: int = 256) ->
         was_training = model.training
         model.eval()
         try:
-            own_S = own_logps(model, packed)
+            scorer.mode = "unshared"  # the model's own attention
+            with scorer.attending():
+                own_S = call(packed, by_own_logits=True)
             failures: list[str] = []
-            for mode in candidates(model) if attention == "auto" else [attention]:
-                scorer = PairScorer(model, mode, chunk_tokens)  # type: ignore[arg-type]
-                failure = _difference(scorer, packed, own_S)
+            for mode in candidates(model, dtype) if attention == "auto" else [attention]:
+                scorer.mode = mode  # type: ignore[assignment]
+                failure = _difference(scorer, call, packed, own_S, TOLERANCES[dtype])
                 if failure is None:
-                    _report(mode, failures)  # type: ignore[arg-type]
-                    return scorer
+                    _report(scorer.mode, failures)
+                    return
                 failures.append(f"{mode}: {failure}")
         finally:
             model.train(was_training)
@@ -56,10 +73,10 @@ def make_scorer(model: Any, attention: str = "auto", chunk_tokens: int = 256) ->
     )  # fmt: skip
 
 
-def candidates(model: Any) -> Sequence[Mode]:
+def candidates(model: Any, dtype: torch.dtype) -> Sequence[Mode]:
     """Modes to try, best first: kernels that are here and have what the model needs, then the plain ones."""
     plain: list[Mode] = ["sdpa", "dense", "unshared"]
-    if model.device.type != "cuda" or model.dtype not in (torch.float16, torch.bfloat16):
+    if model.device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
         return plain
     kernels: list[Mode] = []
     if importlib.util.find_spec("flash_attn"):
@@ -75,25 +92,20 @@ def varlen_has_all(config: Any) -> bool:
     return not drops and getattr(config, "attn_logit_softcapping", None) is None
 
 
-def own_logps(model: Any, packed: PackedPairs) -> torch.Tensor:
-    """(S,) log-probs by the plainest way there is: the model's own logits of each sequence alone."""
-    logps = []
-    for ids_1T, predictors, targets in sequences(packed):
-        logits = model(input_ids=ids_1T, use_cache=False).logits[0, predictors]
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        logps.append(logits.to(wide).log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1))
-    return torch.cat(logps)
-
-
-def _difference(scorer: PairScorer, packed: PackedPairs, own_S: torch.Tensor) -> str | None:
+def _difference(
+    scorer: PairScorer,
+    call: Callable[..., torch.Tensor],
+    packed: PackedPairs,
+    own_S: torch.Tensor,
+    tolerance: float,
+) -> str | None:
     """Why the scorer's log-probs can't be trusted, or None."""
     try:
         with scorer.attending():
-            logps_S = scorer(packed)
-            others_changed_S = scorer(_with_other_tokens_changed(packed))
+            logps_S = call(packed)
+            others_changed_S = call(_with_other_tokens_changed(packed))
     except (ModelError, RuntimeError, ValueError, TypeError, AttributeError, ImportError) as error:
         return str(error).strip().split("\n")[0] or type(error).__name__
-    tolerance = TOLERANCES[scorer.model.dtype]
     difference = (logps_S - own_S).abs().mean().item()
     if not difference <= tolerance:
         return f"log-probs differ from the model's own by {difference:.2g} nats on average"

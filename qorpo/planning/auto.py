@@ -30,7 +30,8 @@ LATER_BYTES = int(0.25 * GIB)
 def settle_memory(recipe: Recipe, model: Any, longest: PairLengths) -> Recipe:
     """The recipe with every `auto` of its memory section but the budget replaced: by the plan, for what is free.
 
-    Off CUDA, where nothing but a budget bounds it, and where a model can't be planned, by fixed values.
+    Off CUDA, where nothing but a budget bounds it, for full tuning, and where a model can't be planned, by fixed
+    values.
 
     Args:
         model: loaded, with adapters; where it is decides what is free.
@@ -41,7 +42,7 @@ def settle_memory(recipe: Recipe, model: Any, longest: PairLengths) -> Recipe:
         return recipe
     num_layers = len(decoder_layers(model))
     settings = fixed_settings(memory, num_layers, on_cuda=on_cuda)
-    if on_cuda or memory.budget_gib != "auto":
+    if recipe.tuning == "lora" and (on_cuda or memory.budget_gib != "auto"):
         try:
             settings = _planned(recipe, model, longest)
         except Exception as error:  # a model like no other: a plan helps, but training can do without

@@ -1,7 +1,8 @@
 """Checkpoints: what trains and where it stands, not the frozen base.
 
-adapter_model.safetensors and adapter_config.json (PEFT's own format, so a checkpoint opens as an adapter),
-optimizer.pt (optimizer and schedule) and state.json (`TrainState`). The order of pairs and every step's dropout follow
+Of adapters: adapter_model.safetensors and adapter_config.json (PEFT's own format, so a checkpoint opens as an adapter)
+and optimizer.pt. Of full tuning: shards/, as torch.distributed.checkpoint writes parameters and optimizer, each rank
+its own, to be read by any number of ranks. With either the schedule and state.json (`TrainState`). The order of pairs and every step's dropout follow
 from the seed and the step, so no random state is needed to go on exactly.
 """
 
@@ -12,14 +13,26 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
+from transformers import GenerationConfig, PreTrainedModel
 
+from qorpo.data.tokenize import ChatFormat
 from qorpo.errors import RunError
+from qorpo.training.distributed import whole
 from qorpo.training.optim import load_optimizer_state
 
 STATE = "state.json"
+SHARDS = "shards"
 
 
 @dataclass(slots=True)
@@ -60,6 +73,88 @@ def load_checkpoint(
         raise _unusable(folder, error) from error
 
 
+def save_sharded_checkpoint(
+    folder: Path,
+    scorer: Any,
+    optimizer: torch.optim.Optimizer,
+    schedule: Any,
+    state: TrainState,
+    is_main: bool,
+) -> None:
+    """Write a checkpoint of all parameters, all ranks together."""
+    parameters, optimizer_state = get_state_dict(scorer, optimizer)
+    dcp.save({"model": parameters, "optimizer": optimizer_state}, checkpoint_id=folder / SHARDS)
+    if is_main:
+        torch.save({"schedule": schedule.state_dict()}, folder / "schedule.pt")
+        (folder / STATE).write_text(json.dumps(asdict(state)) + "\n", encoding="utf-8")
+
+
+def load_sharded_checkpoint(
+    folder: Path, scorer: Any, optimizer: torch.optim.Optimizer, schedule: Any
+) -> TrainState:
+    """Put a checkpoint of all parameters into the objects of a fresh run, all ranks together.
+
+    Raises:
+        RunError: where the checkpoint is damaged or belongs to another recipe.
+    """
+    try:
+        parameters, optimizer_state = get_state_dict(scorer, optimizer)
+        saved: dict[str, Any] = {"model": parameters, "optimizer": optimizer_state}
+        dcp.load(saved, checkpoint_id=folder / SHARDS)
+        set_state_dict(
+            scorer, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"]
+        )
+        schedule.load_state_dict(torch.load(folder / "schedule.pt", weights_only=True)["schedule"])
+        return TrainState(**json.loads((folder / STATE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, CheckpointException) as error:
+        raise _unusable(folder, error) from error
+
+
+def load_parameters(folder: Path, scorer: Any) -> None:
+    """Put a sharded checkpoint's parameters alone into a model."""
+    parameters = {"model": get_model_state_dict(scorer)}
+    try:
+        dcp.load(parameters, checkpoint_id=folder / SHARDS)
+    except (OSError, ValueError, KeyError, RuntimeError, CheckpointException) as error:
+        raise _unusable(folder, error) from error
+    set_model_state_dict(scorer, parameters["model"])
+
+
+def save_whole_model(folder: Path, model: PreTrainedModel, dtype: torch.dtype, is_main: bool) -> None:
+    """Write all parameters in `dtype` as transformers does, gathered one by one by all ranks into the main one."""
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        gathered = whole(tensor.to(dtype) if tensor.is_floating_point() else tensor)
+        if is_main:
+            tensors[name] = gathered
+    if is_main:
+        save_parameters(folder, model, tensors, dtype)
+
+
+def save_parameters(
+    folder: Path, model: PreTrainedModel, tensors: dict[str, torch.Tensor], dtype: torch.dtype
+) -> None:
+    """Write these tensors as the model's, with its config."""
+    model.save_pretrained(str(folder), state_dict=tensors)
+    config = folder / "config.json"
+    saved = json.loads(config.read_text(encoding="utf-8"))
+    saved["dtype"] = str(dtype).removeprefix("torch.")  # transformers names the type of the float32 masters
+    config.write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
+
+
+def save_tokenizer(folder: Path, chat: ChatFormat) -> None:
+    """The tokenizer with its chat template, and generation_config.json with the tokens to stop at: the one that was
+    learned, and the base's own, which may differ."""
+    tokenizer = chat.tokenizer
+    tokenizer.save_pretrained(str(folder))
+    stops = dict.fromkeys([chat.stop_token_id, tokenizer.eos_token_id])
+    GenerationConfig(
+        eos_token_id=[stop for stop in stops if stop is not None],
+        bos_token_id=tokenizer.bos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    ).save_pretrained(str(folder))
+
+
 def save_adapter(folder: Path, model: PeftModel) -> None:
     """The adapter in PEFT's format; the base's embeddings stay out, since qorpo never resizes them."""
     model.save_pretrained(str(folder), save_embedding_layers=False)
@@ -79,7 +174,7 @@ def load_adapter(folder: Path, model: PeftModel) -> None:
         )
 
 
-def _unusable(folder: Path, error: Exception) -> RunError:
+def _unusable(folder: Path, error: BaseException) -> RunError:
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     return RunError(
         f"{folder}: can't be resumed from: {reason}; remove that folder to go on from the one before it"

@@ -10,10 +10,10 @@ from typing import Any
 
 import psutil
 import torch
-from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import DistributedType, ProjectConfiguration
+from accelerate.utils.memory import should_reduce_batch_size
 from peft import PeftModel
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qorpo.data.pack import PairLengths
 from qorpo.data.prepare import largest_token_id, longest_pair
@@ -22,12 +22,26 @@ from qorpo.data.tokenize import ChatFormat, Tokenized, TokenizedPair, tokenize_p
 from qorpo.errors import ModelError, RunError
 from qorpo.model.adapters import attach_lora
 from qorpo.model.load import keep_nf4_trainable, read_chat_template
+from qorpo.model.masters import train_all
 from qorpo.model.recompute import checkpoint_layers
-from qorpo.model.selfcheck import make_scorer
+from qorpo.model.scoring import PairScorer
+from qorpo.model.selfcheck import settle_mode
 from qorpo.planning.auto import advice_for, cap_card, settle_memory
 from qorpo.recipe import DataRecipe, Recipe, resolve
-from qorpo.training.checkpoint import TrainState, load_adapter, load_checkpoint, save_adapter, save_checkpoint
+from qorpo.training.checkpoint import (
+    TrainState,
+    load_adapter,
+    load_checkpoint,
+    load_parameters,
+    load_sharded_checkpoint,
+    save_adapter,
+    save_checkpoint,
+    save_sharded_checkpoint,
+    save_tokenizer,
+    save_whole_model,
+)
 from qorpo.training.data import limits_of
+from qorpo.training.distributed import as_on_main, make_accelerator, ranks_of, whole
 from qorpo.training.optim import make_optimizer, make_schedule
 from qorpo.training.progress import Progress
 from qorpo.training.run_folder import RunFolder
@@ -63,10 +77,10 @@ class Trainer:
         progress: Progress | None = None,
     ):
         recipe = resolve(recipe, device_type=model.device.type)
+        self.is_full = recipe.tuning == "full"
         cap_card(recipe.memory.budget_gib, model.device)
         self.tokenizer = tokenizer
         self.progress = progress or Progress()
-        self.folder = RunFolder(recipe.output)
 
         self.chat = ChatFormat(tokenizer, read_chat_template(recipe.model.chat_template))
         self.train_pairs = _tokenized(train_pairs, self.chat, recipe.data)
@@ -74,25 +88,34 @@ class Trainer:
         for pairs in (self.train_pairs, self.eval_pairs):
             _check_vocabulary(model, tokenizer, pairs)
 
-        self.accelerator = Accelerator(
-            cpu=model.device.type == "cpu",
+        self.dtype = train_all(model) if self.is_full else model.dtype
+        casts_to = self.dtype if self.is_full and self.dtype in (torch.bfloat16, torch.float16) else None
+        self.accelerator = make_accelerator(
+            recipe.memory.sharding, model, casts_to,
             log_with=list(recipe.train.report_to) or None,
-            project_config=ProjectConfiguration(
-                str(self.folder.path), logging_dir=str(self.folder.path / "trackers")
-            ),
+            project_config=ProjectConfiguration(recipe.output, logging_dir=str(Path(recipe.output) / "trackers")),
+        )  # fmt: skip
+        self.is_sharded = self.accelerator.distributed_type is DistributedType.FSDP
+        self._check_ranks(recipe)
+        self.folder = RunFolder(
+            recipe.output,
+            is_main=self.accelerator.is_main_process,
+            wait=self.accelerator.wait_for_everyone,
         )
-        if self.accelerator.num_processes > 1:
-            raise RunError("qorpo train runs in one process; start it without torchrun or accelerate launch")
         keep_nf4_trainable(model)
         torch.manual_seed(recipe.train.seed)  # the adapters' first values
         lora = recipe.lora
-        self.model: Any = model if isinstance(model, PeftModel) else attach_lora(
+        self.model: Any = model if self.is_full or isinstance(model, PeftModel) else attach_lora(
             model, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout,
             targets=lora.targets, modules_to_save=lora.modules_to_save,
         )  # fmt: skip
-        scorer = make_scorer(self.model, recipe.model.attention)
-        recipe = recipe.replace("model.attention", scorer.mode)
-        self.recipe = recipe = settle_memory(recipe, self.model, self._longest_pair)
+        scorer = PairScorer(self.model)
+        if not self.is_sharded:
+            scorer.compute_dtype = casts_to
+            settle_mode(scorer, scorer, recipe.model.attention, casts_to)
+            recipe = recipe.replace("model.attention", scorer.mode)
+        # Ranks may find different amounts of memory free, and must take the same micro-batches.
+        recipe = as_on_main(settle_memory(recipe, self.model, self._longest_pair))
         memory = recipe.memory
         scorer.chunk_tokens = int(memory.logprob_chunk_tokens)
         if layers := memory.activation_checkpointing:
@@ -105,11 +128,30 @@ class Trainer:
         self.scorer, self.optimizer = self.accelerator.prepare(
             scorer, make_optimizer(self.trained, recipe.train)
         )
+        self.trained = [parameter for parameter in scorer.parameters() if parameter.requires_grad]
+        if self.is_sharded:  # a forward needs every rank, and its weights only now are everywhere
+            settle_mode(scorer, self.scorer, recipe.model.attention, casts_to)
+            recipe = recipe.replace("model.attention", scorer.mode)
+        self.recipe = recipe
+        self.ranks = ranks_of(self.accelerator, self.scorer)
         self.schedule = make_schedule(self.optimizer, recipe.train, self.total_steps)
         self.state = TrainState()
         # Since the last flush: each step's totals and metrics (still on the device), and the time they took.
         self._unwritten: list[tuple[StepTotals, dict[str, Any]]] = []
         self._interval_s = 0.0
+
+    def _check_ranks(self, recipe: Recipe) -> None:
+        ranks = self.accelerator.num_processes
+        if ranks > recipe.train.pairs_per_step:
+            raise RunError(
+                f"train.pairs_per_step: {recipe.train.pairs_per_step} pairs can't be shared by {ranks} processes; "
+                "raise it, or start fewer"
+            )
+        if self.is_sharded and not recipe.train.optimizer.startswith("adamw_torch"):
+            raise RunError(
+                f"train.optimizer: {recipe.train.optimizer} can't work on sharded parameters; "
+                "set it to auto or adamw_torch_fused"
+            )
 
     # --- the run's shape ---
 
@@ -152,6 +194,7 @@ class Trainer:
             self._resume()
         elif folder.metrics.exists() or folder.checkpoints.exists():
             raise RunError(f"output: {folder.path} holds a run; resume it, or give another output")
+        folder.wait()  # until all have looked
         folder.path.mkdir(parents=True, exist_ok=True)
         if settings.report_to:
             with folder.writing():
@@ -177,8 +220,8 @@ class Trainer:
                 if is_save or is_best:
                     self._checkpoint()
             if self.state.best_step not in (None, self.total_steps):
-                load_adapter(folder.checkpoint(self.state.best_step), self.model)
-            with folder.whole(folder.adapter) as unfinished:
+                self._load_best()
+            with folder.whole(folder.model if self.is_full else folder.adapter) as unfinished:
                 self.save(unfinished)
         finally:
             self.progress.close()
@@ -203,19 +246,17 @@ class Trainer:
         return metrics | {"eval_pairs_per_second": len(self.eval_pairs) / seconds}
 
     def save(self, folder: str | Path) -> None:
-        """Write the adapter in PEFT's format, the tokenizer with its chat template, and the tokens to stop at.
-
-        generation_config.json names the stop token that was learned beside the base's own, which may differ.
-        """
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        save_adapter(Path(folder), self.model)
-        self.tokenizer.save_pretrained(str(folder))
-        stops = dict.fromkeys([self.chat.stop_token_id, self.tokenizer.eos_token_id])
-        GenerationConfig(
-            eos_token_id=[stop for stop in stops if stop is not None],
-            bos_token_id=self.tokenizer.bos_token_id,
-            pad_token_id=self.tokenizer.pad_token_id,
-        ).save_pretrained(str(folder))
+        """Write the adapter in PEFT's format (the model in transformers' after full tuning), the tokenizer with its
+        chat template, and the tokens to stop at. All ranks together, of which the main one writes."""
+        is_main = self.accelerator.is_main_process
+        if is_main:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        if self.is_full:
+            save_whole_model(Path(folder), self.model, self.dtype, is_main)
+        elif is_main:
+            save_adapter(Path(folder), self.model)
+        if is_main:
+            save_tokenizer(Path(folder), self.chat)
 
     # --- the parts of the run ---
 
@@ -242,10 +283,12 @@ class Trainer:
             with self._unwrapped.attending():
                 return run_step(
                     self.scorer, pairs, self.recipe.objective, backward=backward,
-                    microbatch_tokens=microbatch_tokens, device=self.accelerator.device,
+                    microbatch_tokens=microbatch_tokens, device=self.accelerator.device, ranks=self.ranks,
                 )  # fmt: skip
 
         given = int(self.recipe.memory.microbatch_tokens)
+        if self.ranks.count > 1:  # one rank can't redo a step without the others
+            return self._or_advice(attempt, given)
         try:
             means, took = within_memory(attempt, pairs, given, undo=self.optimizer.zero_grad)
         except StepTooLargeError as error:
@@ -255,6 +298,20 @@ class Trainer:
             if self.folder.recipe.exists():
                 self.folder.write_recipe(self.recipe.to_yaml())
         return means
+
+    def _or_advice(
+        self, attempt: Callable[[int], dict[str, torch.Tensor]], microbatch_tokens: int
+    ) -> dict[str, torch.Tensor]:
+        try:
+            return attempt(microbatch_tokens)
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            raise RunError(
+                f"step {self.state.step + 1}: out of memory on rank {self.ranks.index} ({str(error).splitlines()[0]}); "
+                f"lower memory.microbatch_tokens ({microbatch_tokens}) or data.max_length, or take more GPUs, "
+                "and go on with --resume"
+            ) from error
 
     def _ended_for_memory(self, shortage: str) -> RunError:
         """What to say when no smaller micro-batch helps; the run so far is saved."""
@@ -292,7 +349,7 @@ class Trainer:
         device = self.accelerator.device
         names = list(self._unwritten[0][1])
         entries = [
-            torch.as_tensor(row[name], dtype=torch.float64, device=device)
+            torch.as_tensor(whole(row[name]), dtype=torch.float64, device=device)
             for _, row in self._unwritten
             for name in names
         ]
@@ -340,16 +397,32 @@ class Trainer:
 
     def _checkpoint(self) -> None:
         with self.folder.whole(self.folder.checkpoint(self.state.step)) as unfinished:
-            save_checkpoint(unfinished, self.model, self._plain_optimizer, self.schedule, self.state)
+            parts = (self._plain_optimizer, self.schedule, self.state)
+            if self.is_full:
+                save_sharded_checkpoint(unfinished, self.scorer, *parts, self.accelerator.is_main_process)
+            elif self.accelerator.is_main_process:
+                save_checkpoint(unfinished, self.model, *parts)
         self.folder.prune_checkpoints(self.recipe.train.keep_checkpoints, self.state.best_step)
 
     def _resume(self) -> None:
         steps = self.folder.checkpoint_steps()
         if steps:
             latest = self.folder.checkpoint(steps[-1])
-            self.state = load_checkpoint(latest, self.model, self._plain_optimizer, self.schedule)
+            parts = (self._plain_optimizer, self.schedule)
+            if self.is_full:
+                self.state = load_sharded_checkpoint(latest, self.scorer, *parts)
+            else:
+                self.state = load_checkpoint(latest, self.model, *parts)
             logger.info("resumed from %s", latest)
         self.folder.cut_metrics(self.state.step if steps else -1)
+
+    def _load_best(self) -> None:
+        assert self.state.best_step is not None
+        best = self.folder.checkpoint(self.state.best_step)
+        if self.is_full:
+            load_parameters(best, self.scorer)
+        else:
+            load_adapter(best, self.model)
 
     @property
     def _plain_optimizer(self) -> torch.optim.Optimizer:

@@ -21,6 +21,7 @@ from qorpo.model.load import load_model
 from qorpo.planning.auto import cap_card
 from qorpo.recipe import Recipe, load_recipe, resolve
 from qorpo.training.data import chat_format_of, load_data
+from qorpo.training.distributed import main_first, this_process
 from qorpo.training.loop import Trainer
 from qorpo.training.progress import Progress
 from qorpo.training.run_folder import RunFolder
@@ -30,7 +31,7 @@ logger = logging.getLogger(__name__)
 # What may change from a run to its resumption without changing its result, but for the draws of dropout.
 MAY_CHANGE = (
     "output", "memory.budget_gib", "memory.microbatch_tokens", "memory.logprob_chunk_tokens",
-    "memory.activation_checkpointing", "memory.activation_offload",
+    "memory.activation_checkpointing", "memory.activation_offload", "memory.sharding",
     "train.log_every", "train.keep_checkpoints", "train.report_to",
 )  # fmt: skip
 PACKAGES = (
@@ -50,7 +51,7 @@ class TrainResult:
     """What a run left behind."""
 
     output: Path
-    adapter: Path
+    trained: Path  # the adapter's folder, or the model's after full tuning
     steps: int
     best_step: int | None  # of the lowest evaluation loss, where there was an evaluation
     metrics: dict[str, float]  # the last evaluation's, else the last step's
@@ -83,29 +84,37 @@ def train(
         recipe = merge_saved(load_recipe(folder.recipe), recipe)
     else:
         folder.check_free()
-    device = PartialState().device
+    state = this_process()
+    device = state.device
     recipe = resolve(recipe, device_type=device.type)
 
     chat = chat_format_of(recipe)
-    data = load_data(recipe, chat)
+    with main_first():
+        data = load_data(recipe, chat)
     if resume:
         check_same_data(folder, data)
     cap_card(recipe.memory.budget_gib, device)
+    is_main, to_be_sharded = (
+        state.is_main_process,
+        recipe.memory.sharding != "none" and state.num_processes > 1,
+    )
     model = load_model(
         recipe.model.path,
         revision=recipe.model.revision,
         quantization=recipe.model.quantization,
-        device=device,
+        device="cpu" if to_be_sharded else device,
         trust_remote_code=recipe.model.trust_remote_code,
         allow_pickle=recipe.model.allow_pickle,
+        empty=to_be_sharded and not is_main,
     )
-    trainer = Trainer(model, chat.tokenizer, recipe, data.train, data.eval, progress=progress)
-    if not resume:
+    trainer = Trainer(
+        model, chat.tokenizer, recipe, data.train, data.eval, progress=progress if is_main else None
+    )
+    if is_main and not resume:
         write_down(folder, trainer.recipe, model, data)
     metrics = trainer.train(resume=resume)
-    return TrainResult(
-        folder.path, folder.adapter, trainer.total_steps, trainer.state.best_step, metrics, trainer
-    )
+    trained = folder.model if recipe.tuning == "full" else folder.adapter
+    return TrainResult(folder.path, trained, trainer.total_steps, trainer.state.best_step, metrics, trainer)
 
 
 def merge_saved(saved: Recipe, given: Recipe) -> Recipe:
@@ -161,6 +170,7 @@ def environment(model: Any) -> dict[str, Any]:
         if device.type == "cuda"
         else f"{device.type}, {os.cpu_count()} cores",
         "threads": torch.get_num_threads(),
+        "processes": PartialState().num_processes,
         "base_commit": getattr(model.config, "_commit_hash", None),
     }
 

@@ -4,7 +4,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,23 @@ class RunFolder:
     """Paths and writes of one run.
 
     recipe.yaml, environment.json, data.json, metrics.jsonl (a line a step, and a line an evaluation),
-    checkpoints/step-N/, and at the end adapter/.
+    checkpoints/step-N/, and at the end adapter/, or model/ of full tuning. Of several ranks the main one writes, but
+    for what is put into a `whole` folder; `wait` is until all have come so far.
     """
 
-    def __init__(self, path: str | os.PathLike[str]):
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        is_main: bool = True,
+        wait: Callable[[], None] = lambda: None,
+    ):
         self.path = Path(path).expanduser()
+        self.is_main, self.wait = is_main, wait
         self.recipe = self.path / "recipe.yaml"
         self.metrics = self.path / "metrics.jsonl"
         self.adapter = self.path / "adapter"
+        self.model = self.path / "model"
         self.checkpoints = self.path / "checkpoints"
 
     def check_free(self) -> None:
@@ -57,16 +66,20 @@ class RunFolder:
             write_json(self.path / name, content)
 
     def write_recipe(self, text: str) -> None:
+        if not self.is_main:
+            return
         with self.writing():
             write_text(self.recipe, text)
 
     def append_metrics(self, rows: list[dict[str, Any]]) -> None:
+        if not self.is_main:
+            return
         with self.writing(), self.metrics.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
 
     def cut_metrics(self, last_step: int) -> None:
         """Drop the lines after a checkpoint's step, and a last line that a kill left unfinished."""
-        if not self.metrics.exists():
+        if not (self.is_main and self.metrics.exists()):
             return
         kept = []
         for line in self.metrics.read_text(encoding="utf-8").splitlines():
@@ -90,6 +103,8 @@ class RunFolder:
 
     def prune_checkpoints(self, keep: int, best_step: int | None) -> None:
         """Keep the latest `keep` and the best; sweep away what a kill left half written."""
+        if not self.is_main:
+            return
         for step in self.checkpoint_steps()[:-keep]:
             if step != best_step:
                 # Renamed first: a kill while deleting leaves no half checkpoint that looks whole.
@@ -105,16 +120,25 @@ class RunFolder:
         """A folder written beside its place, flushed to disk, then renamed: it appears whole or not at all."""
         unfinished = path.with_name(f".{path.name}.unfinished")
         with self.writing():
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir(parents=True)
+            if self.is_main:
+                shutil.rmtree(unfinished, ignore_errors=True)
+                unfinished.mkdir(parents=True)
+            self.wait()
+            if not self.is_main:
+                yield unfinished
+                self.wait()
+                self.wait()
+                return
             try:
                 yield unfinished
+                self.wait()
                 for file in (file for file in unfinished.rglob("*") if file.is_file()):
                     flush(file)
                 if path.exists():
                     shutil.rmtree(path)
                 unfinished.rename(path)
                 flush(path.parent)
+                self.wait()
             except BaseException:
                 shutil.rmtree(unfinished, ignore_errors=True)
                 raise

@@ -4,6 +4,7 @@ Loss and gradient are those of the whole step, whatever the split: pairs are ave
 token-averaged terms over the step's tokens, both counted before the first backward. Legend: P pairs, S scored tokens.
 """
 
+import contextlib
 import gc
 import logging
 from collections.abc import Callable, Sequence
@@ -17,9 +18,11 @@ from qorpo.data.pack import PackedPairs, pack_pairs, row_tokens, split_by_budget
 from qorpo.data.tokenize import TokenizedPair
 from qorpo.objectives.orpo import ObjectiveOutput, orpo_loss
 from qorpo.recipe import ObjectiveRecipe
+from qorpo.training.distributed import Ranks
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+ALONE = Ranks()
 
 
 class StepTooLargeError(Exception):
@@ -55,8 +58,11 @@ def run_step(
     microbatch_tokens: int,
     device: torch.device,
     backward: Callable[[torch.Tensor], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, torch.Tensor]:
     """Means over `pairs` of every metric of the objective, as tensors on the device (no synchronisation).
+
+    Several ranks are given the same pairs, and each scores its share of them.
 
     Args:
         scorer: PackedPairs -> (S,) log-probs, a `PairScorer` or what accelerate made of one.
@@ -65,14 +71,24 @@ def run_step(
     """
     totals = StepTotals.of(pairs, objective)
     sums: dict[str, torch.Tensor] = {}
-    for micro_batch in split_by_budget(pairs, microbatch_tokens):
-        packed = pack_pairs(micro_batch, score_prompts=objective.nll_tokens == "all").to(device)
-        output = pair_losses(scorer(packed), packed, objective, totals)
-        if backward is not None:
-            backward(output.loss / totals.pairs)
+    rows = ranks.micro_batches(pairs, microbatch_tokens)
+    for number, row in enumerate(rows, start=1):
+        # A rank with nothing left scores the least there is, for nothing: the others need it.
+        packed = pack_pairs(row or [_least(pairs)], score_prompts=objective.nll_tokens == "all").to(device)
+        # Gradients are averaged over ranks.
+        weight = ranks.count / totals.pairs if row else 0.0
+        with contextlib.nullcontext() if number == len(rows) else ranks.keep_gradients():
+            output = pair_losses(scorer(packed), packed, objective, totals)
+            if backward is not None:
+                backward(output.loss * weight)
         for name, value_P in output.metrics.items():
-            sums[name] = sums.get(name, 0.0) + value_P.sum()
-    return {name: value / totals.pairs for name, value in sums.items()}
+            sums[name] = sums.get(name, 0.0) + value_P.sum() * bool(row)
+    return {name: value / totals.pairs for name, value in ranks.summed(sums).items()}
+
+
+def _least(pairs: Sequence[TokenizedPair]) -> TokenizedPair:
+    token = pairs[0].prompt_ids[:1]
+    return TokenizedPair(token, token, token, "idle")
 
 
 def within_memory(

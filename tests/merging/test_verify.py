@@ -18,8 +18,7 @@ from qorpo.merging import merge as merging
 from qorpo.merging.source import find_base, find_trained
 from qorpo.merging.verify import THRESHOLDS, _Scores, verify_merged, with_adapters
 from qorpo.model.load import load_model
-from qorpo.model.scoring import sequences
-from qorpo.model.selfcheck import own_logps
+from qorpo.model.scoring import own_logps, sequences
 from qorpo.recipe import ObjectiveRecipe
 
 PAIRS = [

@@ -11,8 +11,8 @@ from qorpo.data.pack import pack_pairs
 from qorpo.data.tokenize import TokenizedPair
 from qorpo.errors import ModelError
 from qorpo.model.recompute import checkpoint_layers
-from qorpo.model.scoring import PairScorer
-from qorpo.model.selfcheck import make_scorer, own_logps
+from qorpo.model.scoring import PairScorer, own_logps
+from qorpo.model.selfcheck import make_scorer
 
 LENGTHS = [(11, 9, 4), (1, 1, 1), (7, 3, 12)]
 

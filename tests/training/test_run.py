@@ -58,10 +58,10 @@ def test_the_folder_explains_the_run(run):
         "recipe.yaml", "environment.json", "data.json", "metrics.jsonl", "checkpoints", "trackers", "adapter",
     }  # fmt: skip
     assert result.output.name == "first"
-    assert result.adapter == result.output / "adapter"
+    assert result.trained == result.output / "adapter"
     for name in ("adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "chat_template.jinja"):
-        assert (result.adapter / name).is_file()
-    config = json.loads((result.adapter / "adapter_config.json").read_text())
+        assert (result.trained / name).is_file()
+    config = json.loads((result.trained / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == recipe["model"]["path"]
 
 
@@ -133,7 +133,7 @@ def test_a_recipe_may_be_a_file_a_mapping_or_a_recipe(recipe_dict, tmp_path):
         overrides = [f"output={tmp_path / str(number)}", "train.max_steps=1"]
         result = qorpo.train(recipe, overrides)
         assert result.steps == 1
-        adapters.add((result.adapter / "adapter_model.safetensors").read_bytes())
+        adapters.add((result.trained / "adapter_model.safetensors").read_bytes())
     assert len(adapters) == 1
 
 
@@ -195,7 +195,7 @@ def full_disk_message(code, out, err):
 def whole_adapter(base, pairs_file, tmp_path_factory):
     """What the run ends with where there is room."""
     recipe = short_recipe(base, pairs_file, tmp_path_factory.mktemp("whole") / "run")
-    return (qorpo.train(recipe).adapter / "adapter_model.safetensors").read_bytes()
+    return (qorpo.train(recipe).trained / "adapter_model.safetensors").read_bytes()
 
 
 def before_step(monkeypatch, number, act):

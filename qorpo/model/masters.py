@@ -1,0 +1,45 @@
+"""Parameters kept in float32, computed in the base's own type: a bfloat16 weight would lose small updates."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+def train_all(model: nn.Module) -> torch.dtype:
+    """Make every floating parameter trainable and float32; returns the type that the model computed in."""
+    dtype = next(model.parameters()).dtype
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            if parameter.dtype in (torch.bfloat16, torch.float16):
+                parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+    return dtype
+
+
+@contextmanager
+def computed_in(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+    """Inside, modules see each trained parameter cast to `dtype`, once for all forwards; None: as they are.
+
+    Gradients reach the parameters themselves, in their own type: casting saves nothing for backward, so several
+    backwards may go through one cast. Recomputed layers see the same cast, as long as backward is inside too.
+    """
+    if dtype is None:
+        yield
+        return
+    casts: dict[nn.Parameter, torch.Tensor] = {}
+    replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.requires_grad and parameter.dtype != dtype:
+                if parameter not in casts:
+                    casts[parameter] = parameter.to(dtype)
+                replaced.append((module, name, parameter))
+    try:
+        for module, name, parameter in replaced:
+            module._parameters[name] = casts[parameter]  # type: ignore[assignment]
+        yield
+    finally:
+        for module, name, parameter in replaced:
+            module._parameters[name] = parameter

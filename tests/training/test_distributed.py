@@ -1,0 +1,209 @@
+"""Several gloo processes against one: the same gradients, losses, weights; kills, resumption, and what is refused."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tiny import changed, read_metrics, short_recipe
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qorpo.data.pack import row_tokens
+from qorpo.data.tokenize import TokenizedPair
+from qorpo.training.distributed import Ranks, shares
+from qorpo.training.export import export_model
+
+pytestmark = pytest.mark.distributed
+HERE = Path(__file__).parent
+
+
+def start(job, ranks, folder):
+    path = folder / f"job-{time.monotonic_ns()}.json"
+    path.write_text(json.dumps(job))
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1])}
+    return subprocess.run(
+        [sys.executable, *launcher, str(HERE / "ranks.py"), str(path)],
+        cwd=HERE.parents[1], env=environment, capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+
+
+def seen(job, ranks, folder):
+    output = folder / f"seen-{time.monotonic_ns()}.pt"
+    done = start({**job, "output": str(output)}, ranks, folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(output)
+
+
+def test_ranks_take_the_same_number_of_rows_and_every_pair_once():
+    pairs = [TokenizedPair((1,) * (n + 1), (2,) * (3 * n + 1), (3,), str(n)) for n in range(11)]
+    for count in (1, 2, 4, 8, 11):
+        rows = [Ranks(index, count).micro_batches(pairs, 40) for index in range(count)]
+        assert len({len(mine) for mine in rows}) == 1
+        assert sorted(pair.source for mine in rows for row in mine for pair in row) == sorted(
+            p.source for p in pairs
+        )
+        loads = [sum(map(row_tokens, share)) for share in shares(pairs, count)]
+        assert max(loads) - min(loads) <= max(map(row_tokens, pairs))
+
+
+@pytest.fixture(scope="module")
+def job(base, pairs_file, tmp_path_factory):
+    """A run whose five pairs a step make shares that differ, with micro-batches of one or two pairs."""
+    recipe = short_recipe(base, pairs_file, tmp_path_factory.mktemp("unused"))
+    return {
+        "recipe": changed(
+            recipe, tuning="full", model__quantization="none", train__pairs_per_step=5, train__max_steps=20,
+            train__optimizer="adamw_torch", train__log_every=1, train__save_every=100,
+            memory__microbatch_tokens=150, memory__logprob_chunk_tokens=64, memory__activation_checkpointing=True,
+        )
+    }  # fmt: skip
+
+
+def run(job, folder, name, **changes):
+    options = {key: changes.pop(key) for key in ("dtype", "sgd", "kill", "resume") if key in changes}
+    return {**job, **options, "recipe": changed(job["recipe"], output=str(folder / name), **changes)}
+
+
+PLAIN = {"dtype": "float64", "sgd": True, "train__learning_rate": 0.05}
+
+
+@pytest.fixture(scope="module", params=["full", "lora"])
+def one(request, job, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    return request.param, seen(run(job, folder, "one", tuning=request.param, **PLAIN), 1, folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "microbatch_tokens"), [(2, 10_000), (4, 60)])
+def test_several_ranks_train_as_one(job, one, tmp_path, ranks, microbatch_tokens):
+    tuning, alone = one
+    changes = {"tuning": tuning, "memory__microbatch_tokens": microbatch_tokens, **PLAIN}
+    together = seen(run(job, tmp_path, "together", **changes), ranks, tmp_path)
+    assert len(alone["gradients"]) == len(together["gradients"]) == 20
+    for mine, theirs in zip(alone["gradients"], together["gradients"], strict=True):
+        for gradient, other in zip(mine, theirs, strict=True):
+            assert (gradient - other).norm() <= 1e-6 * gradient.norm() + 1e-12
+    assert together["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+    for weight, other in zip(alone["weights"], together["weights"], strict=True):
+        assert (weight - other).norm() <= 1e-5 * weight.norm()
+    if tuning == "full":
+        assert together["local_numel"] <= 1.1 * alone["local_numel"] / ranks
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_with_any_number_of_ranks(job, tmp_path):
+    """Killed on two ranks, then on one, finished on four: the losses are those of a run that nothing happened to."""
+    changes = {"dtype": "float32", "train__max_steps": 12, "train__save_every": 2, "train__eval_every": 100}
+    whole = seen(run(job, tmp_path, "whole", **changes), 1, tmp_path)
+    started = time.monotonic()
+    killed = start(run(job, tmp_path, "killed", kill=(1, 5), **changes), 2, tmp_path)
+    assert killed.returncode != 0
+    assert time.monotonic() - started < 60
+    assert "SIGKILL" in killed.stderr
+    assert (
+        start(run(job, tmp_path, "killed", kill=(0, 7), resume=True, **changes), 1, tmp_path).returncode == -9
+    )
+    resumed = seen(run(job, tmp_path, "killed", resume=True, **changes), 4, tmp_path)
+    rows = read_metrics(tmp_path / "killed")
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert [row["loss"] for row in rows] == pytest.approx(whole["losses"], rel=1e-4)
+    for weight, other in zip(whole["weights"], resumed["weights"], strict=True):
+        assert (weight - other).norm() <= 1e-3 * weight.norm()
+
+
+@pytest.mark.slow
+def test_the_model_that_ranks_leave_opens_in_plain_transformers(job, tmp_path):
+    """bfloat16 in forward over float32 masters, the main rank alone with weights: as on a cluster."""
+    changes = {"train__max_steps": 3, "train__save_every": 3, "train__learning_rate": 0.01}
+    ranks = seen(run(job, tmp_path, "run", **changes), 2, tmp_path)
+    folder = tmp_path / "run" / "model"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.dtype == torch.bfloat16
+    loaded = dict(model.named_parameters())
+    assert len(loaded) == len(ranks["weights"])
+    for parameter, weight in zip(loaded.values(), ranks["weights"], strict=True):
+        assert weight.dtype == torch.float32
+        assert torch.equal(parameter, weight.bfloat16())
+    assert AutoTokenizer.from_pretrained(folder).chat_template
+    alone = seen(run(job, tmp_path, "alone", **changes), 1, tmp_path)
+    assert ranks["losses"] == pytest.approx(alone["losses"], rel=0.02)
+    # What was left sharded gives the same folder again.
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-3"
+    assert sorted(path.name for path in checkpoint.iterdir()) == ["schedule.pt", "shards", "state.json"]
+    export_model(tmp_path / "run", tmp_path / "exported")
+    for name in ("model.safetensors", "config.json", "tokenizer.json", "generation_config.json"):
+        assert (tmp_path / "exported" / name).read_bytes() == (folder / name).read_bytes(), name
+    export_model(checkpoint, tmp_path / "masters", dtype="float32")
+    masters = dict(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "masters", dtype="auto").named_parameters()
+    )
+    assert all(torch.equal(p, w) for p, w in zip(masters.values(), ranks["weights"], strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "ranks", "said"),
+    [
+        (["--full", "model.quantization=nf4"], 2, "model.quantization: nf4 weights can't be trained; leave out --full"),
+        (["train.pairs_per_step=1"], 2, "1 pairs can't be shared by 2 processes"),
+        (["--full"], 2, "memory.sharding: full would be left out without a word by accelerate on cpu"),
+        (["memory.sharding=full"], 1, "memory.sharding: full is for --full"),
+    ],
+)  # fmt: skip
+def test_misuse_is_one_message_from_one_rank(job, tmp_path, arguments, ranks, said):
+    recipe = changed(job["recipe"], tuning="lora", output=str(tmp_path / "run"))
+    recipe["model"].pop("quantization")
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    )
+    done = subprocess.run(
+        [sys.executable, *launcher, "-m", "qorpo", "train", str(tmp_path / "r.yaml"), *arguments],
+        cwd=HERE.parents[1], env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1])}, capture_output=True, text=True, timeout=120,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert done.stderr.count(said) == 1, done.stderr[-3000:]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_ranks_started_again_go_on_by_themselves(job, tmp_path):
+    """As scripts/cluster/torchrun.sh starts them: adapters, data-parallel, one rank killed once."""
+    recipe = changed(
+        job["recipe"], tuning="lora", output=str(tmp_path / "run"), train__max_steps=6, train__save_every=2
+    )
+    recipe["model"].pop("quantization")  # nf4
+    killed = tmp_path / "killed"
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        "import os, signal, sys\nimport qorpo.training.loop as loop\nfrom qorpo.cli import main\n"
+        "step = loop.Trainer._step\n"
+        "def stepping(self):\n"
+        f"    if self.state.step == 3 and self.ranks.index == 1 and not os.path.exists({str(killed)!r}):\n"
+        f"        open({str(killed)!r}, 'w').close()\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    step(self)\n"
+        "loop.Trainer._step = stepping\nmain()\n"
+    )
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1",
+         str(worker), "train", str(tmp_path / "r.yaml")],
+        cwd=HERE.parents[1], env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1])},
+        capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert killed.exists()
+    assert "resumed from" in done.stderr
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == list(range(1, 7))
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
+    assert done.stdout.count("adapter: ") == 1
