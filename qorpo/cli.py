@@ -25,6 +25,7 @@ RecipePath = Annotated[str, typer.Argument(help="A recipe in YAML, such as confi
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY.SUB=VALUE", help="Changes to the recipe.")
 ]
+FULL = ["tuning=full"]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -53,7 +54,7 @@ def train(
     from qorpo.training.run import train as run
 
     try:
-        settings = load_recipe(recipe, [*(overrides or []), *(["tuning=full"] if full else [])])
+        settings = load_recipe(recipe, [*(overrides or []), *(FULL if full else [])])
         # Started again by torchrun after a rank failed.
         was_restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
         resume = resume or (was_restarted and Path(settings.output, "recipe.yaml").expanduser().exists())
@@ -189,6 +190,10 @@ def plan(
     budgets: Annotated[
         str | None, typer.Option("--budgets", metavar="GIB,GIB,…", help="Cards to plan for: 12,16,24,48.")
     ] = None,
+    full: Annotated[bool, typer.Option("--full", help="Plan for training all parameters.")] = False,
+    ranks: Annotated[
+        int, typer.Option(min=1, help="With --full: the cards to shard over; the plan is each one's.")
+    ] = 1,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the plan as JSON, a list where several.")
     ] = False,
@@ -198,12 +203,13 @@ def plan(
     from qorpo.planning.plan import plan_budgets, read_budgets
     from qorpo.planning.report import summary, table
 
-    overrides = [argument for argument in recipes if "=" in argument]
+    changes = [argument for argument in recipes if "=" in argument]
+    overrides = [*changes, *FULL] if full else changes
     plans = [
         found
         for recipe in recipes
-        if recipe not in overrides
-        for found in plan_budgets(recipe, overrides, budgets_gib=read_budgets(budgets))
+        if recipe not in changes
+        for found in plan_budgets(recipe, overrides, budgets_gib=read_budgets(budgets), ranks=ranks)
     ]
     if as_json:
         found = [each.to_dict() for each in plans]
@@ -227,7 +233,7 @@ def main() -> None:
         sys.exit(2)
 
 
-SECONDS_FOR_THE_FIRST_RANK = 5
+SECONDS_FOR_THE_FIRST_RANK = 20
 
 
 def _log_to(console: Console, level: int = logging.INFO) -> None:

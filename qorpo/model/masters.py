@@ -18,6 +18,11 @@ def train_all(model: nn.Module) -> torch.dtype:
     return dtype
 
 
+def casts_of(tuning: str, dtype: torch.dtype) -> torch.dtype | None:
+    """What trained parameters are cast to where a base of `dtype` computes; None: nothing is cast."""
+    return dtype if tuning == "full" and dtype in (torch.bfloat16, torch.float16) else None
+
+
 @contextmanager
 def computed_in(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
     """Inside, modules see each trained parameter cast to `dtype`, once for all forwards; None: as they are.

@@ -49,12 +49,15 @@ def _changes(recipe: Recipe, counter: StepCounter) -> Iterator[tuple[str, Any]]:
         yield "memory.microbatch_tokens", longest_row
     if memory.logprob_chunk_tokens != "auto" and memory.logprob_chunk_tokens > SMALLEST_CHUNK:
         yield "memory.logprob_chunk_tokens", SMALLEST_CHUNK
-    if not recipe.train.optimizer.startswith("paged"):
+    is_full = recipe.tuning == "full"
+    if not is_full and not recipe.train.optimizer.startswith("paged"):
         yield "train.optimizer", "paged_adamw_8bit"
     if memory.activation_checkpointing != "auto" and memory.activation_checkpointing is not True:
         yield "memory.activation_checkpointing", True
     if memory.activation_offload is False:
         yield "memory.activation_offload", True
+    if is_full:
+        return
     if recipe.model.quantization != "nf4":
         yield "model.quantization", "nf4"
     if recipe.lora.modules_to_save:
@@ -100,10 +103,22 @@ def _shorter_or_nothing(
             *_with_savings(recipe, counter, changes),
             f"data.max_length={max_length}: longer answers are cut",
         ]
+    if recipe.memory.sharding == "full" and (ranks := _ranks_that_fit(changed, counter, room_bytes)):
+        return [f"--ranks {ranks}: so many cards hold it"]
     needed = (_need_after(recipe, counter, changes) + CONTEXT_BYTES) / GIB
     return [
         f"no change of this recipe makes it fit: at its least it needs {needed:.1f} GiB; take a larger card, or a smaller model"
     ]
+
+
+def _ranks_that_fit(recipe: Recipe, counter: StepCounter, room_bytes: int) -> int | None:
+    """The number of ranks, doubled until it fits; None where the step has too few pairs for as many."""
+    ranks = 2 * counter.ranks
+    while ranks <= recipe.train.pairs_per_step:
+        if _need_after(recipe, counter.changed(ranks=ranks), []) <= room_bytes:
+            return ranks
+        ranks *= 2
+    return None
 
 
 def _what_auto_did(recipe: Recipe, counter: StepCounter, settings: MemorySettings) -> list[str]:

@@ -27,24 +27,36 @@ LATER_BYTES = int(0.25 * GIB)
 """What libraries load onto a card after the model, at their first calls; stated, not measured by qorpo yet."""
 
 
-def settle_memory(recipe: Recipe, model: Any, longest: PairLengths) -> Recipe:
+def settle_memory(
+    recipe: Recipe,
+    model: Any,
+    longest: PairLengths,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    ranks: int = 1,
+) -> Recipe:
     """The recipe with every `auto` of its memory section but the budget replaced: by the plan, for what is free.
 
-    Off CUDA, where nothing but a budget bounds it, for full tuning, and where a model can't be planned, by fixed
+    Off CUDA, where nothing but a budget bounds it, under hybrid sharding, and where a model can't be planned, by fixed
     values.
 
     Args:
-        model: loaded, with adapters; where it is decides what is free.
+        model: loaded, with adapters, and wherever it is to be but for a model that is sharded afterwards.
         longest: the longest pair of the data.
+        device: where it trains.
+        dtype: what it computes in.
+        ranks: processes that share each step, of which all must call this together.
     """
-    memory, on_cuda = recipe.memory, model.device.type == "cuda"
+    memory, on_cuda = recipe.memory, device.type == "cuda"
     if "auto" not in memory.model_dump(exclude={"budget_gib"}).values():
         return recipe
     num_layers = len(decoder_layers(model))
     settings = fixed_settings(memory, num_layers, on_cuda=on_cuda)
-    if recipe.tuning == "lora" and (on_cuda or memory.budget_gib != "auto"):
+    if memory.sharding != "hybrid" and (on_cuda or memory.budget_gib != "auto"):
         try:
-            settings = _planned(recipe, model, longest)
+            counter = _counter(recipe, model, longest, device, dtype, ranks)
+            settings = _planned(recipe, counter, free_bytes(recipe, device))
         except Exception as error:  # a model like no other: a plan helps, but training can do without
             logger.warning("memory: no plan can be made of this model (%s); fixed values are taken", error)
     keys = memory_keys(settings, num_layers)
@@ -54,8 +66,7 @@ def settle_memory(recipe: Recipe, model: Any, longest: PairLengths) -> Recipe:
     return recipe
 
 
-def _planned(recipe: Recipe, model: Any, longest: PairLengths) -> MemorySettings:
-    counter, room_bytes = _counter(recipe, model, longest), free_bytes(recipe, model.device)
+def _planned(recipe: Recipe, counter: StepCounter, room_bytes: int) -> MemorySettings:
     settings = settle(recipe.memory, counter, room_bytes)
     needed = reserved_bytes(counter.peak_bytes(settings))
     level = logging.INFO if needed <= room_bytes else logging.WARNING
@@ -68,15 +79,15 @@ def _planned(recipe: Recipe, model: Any, longest: PairLengths) -> MemorySettings
 
 def planned_bytes(recipe: Recipe, model: Any, longest: PairLengths) -> int:
     """What `torch.cuda.max_memory_reserved` is to say of steps by a settled recipe."""
-    counter = _counter(recipe, model, longest)
+    counter = _counter(recipe, model, longest, model.device, model.dtype)
     settings = fixed_settings(recipe.memory, counter.num_layers, on_cuda=counter.on_cuda)
     return reserved_bytes(counter.count(settings).peak.total_bytes)
 
 
-def advice_for(recipe: Recipe, model: Any, longest: PairLengths) -> str:
+def advice_for(recipe: Recipe, model: Any, longest: PairLengths, dtype: torch.dtype) -> str:
     """What to change in a settled recipe that ran out of memory."""
     try:
-        counter = _counter(recipe, model, longest)
+        counter = _counter(recipe, model, longest, model.device, dtype)
         settings = fixed_settings(recipe.memory, counter.num_layers, on_cuda=counter.on_cuda)
         return _together(recipe, counter, settings, free_bytes(recipe, model.device))
     except Exception:  # as above
@@ -90,14 +101,21 @@ def _together(recipe: Recipe, counter: StepCounter, settings: MemorySettings, ro
     return "the plan advises " + "; ".join(advise(recipe, counter, settings, room_bytes))
 
 
-def _counter(recipe: Recipe, model: Any, longest: PairLengths) -> StepCounter:
+def _counter(
+    recipe: Recipe,
+    model: Any,
+    longest: PairLengths,
+    device: torch.device,
+    dtype: torch.dtype,
+    ranks: int = 1,
+) -> StepCounter:
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # what the loaded model is, the fake one becomes
     quantization = "nf4" if getattr(model, "is_loaded_in_4bit", False) else "none"
     return StepCounter(
         config, recipe.replace("model.quantization", quantization), longest=longest,
-        on_cuda=model.device.type == "cuda", dtype=model.dtype,
+        on_cuda=device.type == "cuda", dtype=dtype, ranks=ranks,
     )  # fmt: skip
 
 

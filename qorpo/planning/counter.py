@@ -38,6 +38,7 @@ class StepCounter:
         recipe: resolved; its memory section is not read.
         longest: the longest pair there can be; rows are filled with pairs as long.
         dtype: of the base's weights that are not quantized.
+        ranks: processes that share each step's pairs; under `memory.sharding: full` they share the weights too.
         modes: ways to attend, of which the first that the model takes is counted; None: as its load would try them.
     """
 
@@ -50,7 +51,9 @@ class StepCounter:
         modes: list[Mode] | None = None,
         on_cuda: bool,
         dtype: torch.dtype = torch.bfloat16,
+        ranks: int = 1,
     ):
+        self.ranks = ranks
         self.config, self.recipe, self.longest = config, recipe, longest
         self.on_cuda, self.dtype = on_cuda, dtype
         self.modes = modes or likely_modes(config, recipe.model.attention, on_cuda=on_cuda)
@@ -65,10 +68,16 @@ class StepCounter:
         self.num_trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
         self._counted: dict[tuple[Any, ...], StepMemory] = {}
 
-    def changed(self, recipe: Recipe | None = None, longest: PairLengths | None = None) -> "StepCounter":
-        """The same for another recipe (its rank, optimizer, quantization) or another longest pair."""
+    def changed(
+        self,
+        recipe: Recipe | None = None,
+        longest: PairLengths | None = None,
+        ranks: int | None = None,
+    ) -> "StepCounter":
+        """The same for another recipe (its rank, optimizer, quantization), longest pair or number of ranks."""
         other = copy.copy(self)
         other.recipe, other.longest = recipe or self.recipe, longest or self.longest
+        other.ranks = ranks or self.ranks
         other._counted = {}
         return other
 
@@ -78,7 +87,16 @@ class StepCounter:
         rows = [self.longest] * max(1, num_whole)
         if num_whole and left >= 3:
             rows.append(pair_of(left))
-        return tuple(rows[: self.recipe.train.pairs_per_step])
+        return tuple(rows[: self.pairs_per_rank])
+
+    @property
+    def pairs_per_rank(self) -> int:
+        """Of one step, at the rank that has most."""
+        return -(-self.recipe.train.pairs_per_step // self.ranks)
+
+    @property
+    def _shards(self) -> int:
+        return 1 if self.recipe.memory.sharding == "none" else self.ranks
 
     def count(self, settings: MemorySettings) -> StepMemory:
         """The step of the whole model."""
@@ -89,7 +107,7 @@ class StepCounter:
         return max(self.peaks(settings).values())
 
     def peaks(self, settings: MemorySettings) -> dict[str, int]:
-        """Bytes by stretch of the step, estimated from models of two to four layers.
+        """Bytes by stretch of the step, estimated from models of two to six layers.
 
         Equal layers need the same each, so each stretch named by `layer_place` grows in a line with the layers that
         are recomputed and with those that are kept. Small models, and those of unequal layers, are counted whole.
@@ -97,7 +115,9 @@ class StepCounter:
         recomputed, kept = settings.recomputed_layers, self.num_layers - settings.recomputed_layers
         if self.num_layers <= FEW_LAYERS or not self.can_shorten:
             return {name: peak.total_bytes for name, peak in self.count(settings).peaks.items()}
-        few_recomputed, few_kept = min(recomputed, 2), min(kept, 1 if recomputed else 2)
+        # Sharded, a layer between others needs most: weights of the one after it are there, and of the one before it.
+        most = 3 if self._shards > 1 else 2
+        few_recomputed, few_kept = min(recomputed, most), min(kept, most - 1 if recomputed else most)
 
         def of(recomputed: int, kept: int) -> dict[str, int]:
             short = replace(settings, recomputed_layers=recomputed)
@@ -135,13 +155,14 @@ class StepCounter:
         for mode in self.modes:
             shape = StepShape(
                 rows=rows,
-                accumulates=len(rows) < self.recipe.train.pairs_per_step,
+                accumulates=len(rows) < self.pairs_per_rank,
                 attention=mode,
                 chunk_tokens=settings.chunk_tokens,
                 recomputed_layers=settings.recomputed_layers,
                 offload=settings.offload,
                 on_cuda=self.on_cuda,
                 dtype=self.dtype,
+                shards=self._shards,
             )
             try:
                 step = step_memory(config, self.recipe, shape)

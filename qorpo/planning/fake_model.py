@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from qorpo.model.adapters import attach_lora
 from qorpo.model.load import nf4_config
+from qorpo.model.masters import train_all
 from qorpo.recipe import Recipe
 
 # bitsandbytes' NF4: so many weights have one absmax, and so many absmaxes, themselves in 8 bits, have one of their own.
@@ -36,13 +37,18 @@ def shortened(config: PretrainedConfig, num_layers: int) -> PretrainedConfig:
 def make_fake_model(
     config: PretrainedConfig, recipe: Recipe, dtype: torch.dtype = torch.bfloat16
 ) -> tuple[Any, FakeTensorMode]:
-    """A PEFT model of fake tensors, as `load_model` and `attach_lora` leave the real one, and the mode it lives in."""
+    """A model of fake tensors, as `load_model` with `attach_lora` or `train_all` leaves it, and the mode it lives in."""
     lora, quantized = recipe.lora, recipe.model.quantization == "nf4"
     config = copy.deepcopy(config)  # what quantizes it writes it there
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             config, dtype=dtype, trust_remote_code=recipe.model.trust_remote_code
         )
+    if recipe.tuning == "full":
+        train_all(model)
+        mode = FakeTensorMode()
+        _make_fake(model, mode)
+        return model, mode
     if quantized:
         from transformers.quantizers import AutoHfQuantizer
 

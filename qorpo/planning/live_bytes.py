@@ -25,8 +25,13 @@ _SAME_TO_MEMORY = {torch.ops.aten._unsafe_view.default: torch.ops.aten.view.defa
 _HERE = str(Path(__file__).parent)
 _TORCH = str(Path(torch.__file__).parent)
 # What is made while a function of this file is running is of this kind, whatever else is going on.
-_KIND_OF_FILE = {"ops/log_probs.py": "head", "model/attention.py": "attention"}
-_KIND_OF_FUNCTION = {"host_room": HOST}
+_KIND_OF_FILE = {
+    "ops/log_probs.py": "head",
+    "model/attention.py": "attention",
+    "_fully_shard/_fsdp_param.py": "gathered weights",
+    "_fully_shard/_fsdp_collectives.py": "gathered weights",
+}
+_KIND_OF_FUNCTION = {"host_room": HOST, "foreach_reduce": "gradients"}
 
 
 @dataclass
@@ -51,6 +56,8 @@ class LiveBytes(TorchDispatchMode):
         self.stretch = ""
         self.peaks: dict[str, Peak] = {}
         self.host_peak = 0
+        self.received_bytes = 0  # from other ranks, of weights gathered; as many are sent
+        self.sent_bytes = 0  # to other ranks, of gradients to be summed; as many are received
         self._total = 0
         self._by_kind: Counter[str] = Counter()
         self._living: dict[int, tuple[weakref.ref[Any], str, int]] = {}
@@ -65,10 +72,32 @@ class LiveBytes(TorchDispatchMode):
         # The same to memory, and fake tensors remember the one and work the other out anew each time.
         func = _SAME_TO_MEMORY.get(func, func)
         result = func(*args, **(kwargs or {}))
+        if func is torch.ops.c10d._allgather_base_.default:
+            self.received_bytes += args[0].nbytes - args[1].nbytes
+        elif func is torch.ops.c10d._reduce_scatter_base_.default:
+            self.sent_bytes += args[1].nbytes - args[0].nbytes
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
                 self._note(leaf)
         return result
+
+    def __enter__(self) -> "LiveBytes":
+        # FSDP2 frees gathered weights by resizing their storage, which is no operation.
+        resize = self._resize = torch.UntypedStorage.resize_
+
+        def resized(storage: torch.UntypedStorage, num_bytes: int) -> torch.UntypedStorage:
+            result = resize(storage, num_bytes)
+            if storage._cdata in self._living:
+                self._forget(storage._cdata)
+            self._note_storage(storage, sys._getframe(1))
+            return result
+
+        torch.UntypedStorage.resize_ = resized  # type: ignore[method-assign, assignment]
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        super().__exit__(*exception)
 
     def add(self, tensors: Iterable[torch.Tensor], kind: str) -> None:
         """Count `tensors` as `kind` from now on, whatever they were counted as before."""
@@ -80,13 +109,13 @@ class LiveBytes(TorchDispatchMode):
 
     def _note(self, tensor: torch.Tensor, kind: str | None = None) -> None:
         storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._living:
-            return
-        size = -(-storage.nbytes() // BLOCK) * BLOCK
+        if storage._cdata not in self._living:
+            self._note_storage(storage, sys._getframe(2), kind)
+
+    def _note_storage(self, storage: Any, frame: FrameType, kind: str | None = None) -> None:
+        key, size = storage._cdata, -(-storage.nbytes() // BLOCK) * BLOCK
         if size == 0:
             return
-        frame = sys._getframe(2)
         kind = kind or _kind_of(frame) or self.kind
         self._living[key] = weakref.ref(storage, lambda _: self._forget(key)), kind, size
         self._by_kind[kind] += size

@@ -22,9 +22,11 @@ DEFAULT_BUDGET_GIB = 24.0
 
 @dataclass(frozen=True)
 class Plan:
-    """One training step's memory on one card, in GiB."""
+    """One training step's memory on one card (under full tuning on several, on each), in GiB."""
 
     model: str
+    tuning: str  # lora or full
+    ranks: int
     budget_gib: float
     fits: bool
     needed_gib: float  # of the card: what the allocator reserves, and CUDA's own share
@@ -35,8 +37,11 @@ class Plan:
     where: str  # the line of code, and the node of autograd
     host_gib: float  # pinned host memory: offloaded inputs of layers
     paged_gib: float  # optimizer states that leave the card when it is short
+    traffic_gib: float  # what a card receives, and as much sends, for one micro-batch: weights gathered, gradients summed
     memory: dict[str, Any]  # the recipe's memory section as it would be trained
-    largest: dict[str, int]  # what fits with all that `auto` may do: microbatch_tokens, max_length, lora_rank
+    largest: dict[
+        str, int
+    ]  # what fits with all that `auto` may do: microbatch_tokens, max_length, lora_rank where there is one
     advice: list[str]  # what makes it fit, the cheapest first; where it fits, what auto did for that
 
     def to_dict(self) -> dict[str, Any]:
@@ -48,6 +53,7 @@ def plan(
     overrides: Sequence[str] = (),
     *,
     budget_gib: float | None = None,
+    ranks: int = 1,
 ) -> Plan:
     """Count a recipe's training step on a CUDA card of `budget_gib`, on any machine; a config.json is enough.
 
@@ -57,11 +63,12 @@ def plan(
         recipe: a Recipe, a mapping of its keys, or a YAML file.
         overrides: `key.sub=value` changes.
         budget_gib: the card's memory; None: memory.budget_gib, else this machine's card, else 24.
+        ranks: the cards that a model under `tuning: full` is sharded over, of which the first is counted.
 
     Raises:
         RecipeError, ModelError: a recipe that doesn't hold together, or a model that has no config.json to be had.
     """
-    return plan_budgets(recipe, overrides, budgets_gib=[budget_gib])[0]
+    return plan_budgets(recipe, overrides, budgets_gib=[budget_gib], ranks=ranks)[0]
 
 
 def plan_budgets(
@@ -69,15 +76,26 @@ def plan_budgets(
     overrides: Sequence[str] = (),
     *,
     budgets_gib: Sequence[float | None],
+    ranks: int = 1,
 ) -> list[Plan]:
     """`plan` for several cards; what they share is counted once."""
     if not isinstance(recipe, Recipe) or overrides:
         recipe = load_recipe(recipe.to_dict() if isinstance(recipe, Recipe) else recipe, overrides)
     recipe = resolve(recipe, device_type="cuda", installed=_is_there)
+    if ranks > 1 and recipe.memory.sharding == "none":
+        raise RecipeError(
+            f"--ranks: got {ranks}, but nothing is sharded, so each card needs what one does; leave it out, or give --full"
+        )
+    if not 1 <= ranks <= recipe.train.pairs_per_step:
+        raise RecipeError(
+            f"--ranks: got {ranks}; give from 1 to train.pairs_per_step ({recipe.train.pairs_per_step})"
+        )
     config = load_config(
         recipe.model.path, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code
     )
-    counter = StepCounter(config, recipe, longest=pair_of(2 * recipe.data.max_length - 1), on_cuda=True)
+    counter = StepCounter(
+        config, recipe, longest=pair_of(2 * recipe.data.max_length - 1), on_cuda=True, ranks=ranks
+    )
     return [_plan(recipe, counter, budget_of(recipe) if gib is None else gib) for gib in budgets_gib]
 
 
@@ -105,8 +123,16 @@ def _plan(recipe: Recipe, counter: StepCounter, budget_gib: float) -> Plan:
     reserved = reserved_bytes(step.peak.total_bytes)
     row_tokens = longest_row_that_fits(recipe, counter, settings.chunk_tokens, room_bytes)
     positions = getattr(counter.config.get_text_config(), "max_position_embeddings", None)
+    largest = {
+        "microbatch_tokens": row_tokens,
+        "max_length": min((row_tokens + 1) // 2, positions or row_tokens),
+    }
+    if recipe.tuning == "lora":
+        largest["lora_rank"] = largest_rank_that_fits(recipe, counter, settings.chunk_tokens, room_bytes)
     return Plan(
         model=recipe.model.path,
+        tuning=recipe.tuning,
+        ranks=counter.ranks,
         budget_gib=budget_gib,
         fits=reserved <= room_bytes,
         needed_gib=_gib(reserved + CONTEXT_BYTES),
@@ -119,12 +145,9 @@ def _plan(recipe: Recipe, counter: StepCounter, budget_gib: float) -> Plan:
         where=step.peak.where,
         host_gib=_gib(step.host_bytes),
         paged_gib=_gib(step.paged_bytes),
+        traffic_gib=_gib(step.traffic_bytes),
         memory={"budget_gib": budget_gib, **memory_keys(settings, counter.num_layers)},
-        largest={
-            "microbatch_tokens": row_tokens,
-            "max_length": min((row_tokens + 1) // 2, positions or row_tokens),
-            "lora_rank": largest_rank_that_fits(recipe, counter, settings.chunk_tokens, room_bytes),
-        },
+        largest=largest,
         advice=advise(recipe, counter, settings, room_bytes),
     )
 

@@ -6,13 +6,17 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig
 
 from qorpo.data.pack import PairLengths
 from qorpo.data.tokenize import TokenizedPair
+from qorpo.model.masters import casts_of
 from qorpo.model.recompute import checkpoint_layers, decoder_layers
 from qorpo.model.scoring import Mode, PairScorer
 from qorpo.planning.fake_model import make_fake_model
+from qorpo.planning.fake_ranks import fake_ranks, shard
 from qorpo.planning.live_bytes import LiveBytes, Peak
 from qorpo.recipe import Recipe
 from qorpo.training.optim import make_optimizer
@@ -36,6 +40,7 @@ class StepShape:
     offload: bool
     on_cuda: bool
     dtype: torch.dtype = torch.bfloat16
+    shards: int = 1  # ranks that a model under full tuning is sharded over
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,9 @@ class StepMemory:
     host_bytes: int  # offloaded inputs of layers
     paged_bytes: int  # optimizer states in unified memory, moved out when the device is short
     num_layers: int
+    traffic_bytes: (
+        int  # what one micro-batch receives of gathered weights, and sends of gradients; as many go back
+    )
 
     @property
     def stretch(self) -> str:
@@ -59,24 +67,39 @@ class StepMemory:
 
 def step_memory(config: PretrainedConfig, recipe: Recipe, shape: StepShape) -> StepMemory:
     """Count a step after the first: optimizer states are there, and gradients where the step has more micro-batches."""
+    if shape.shards == 1:
+        return _step_memory(config, recipe, shape, None)
+    with fake_ranks(shape.shards) as mesh:
+        return _step_memory(config, recipe, shape, mesh)
+
+
+def _step_memory(
+    config: PretrainedConfig, recipe: Recipe, shape: StepShape, mesh: DeviceMesh | None
+) -> StepMemory:
     model, fake_mode = make_fake_model(config, recipe, shape.dtype)
+    scorer = PairScorer(model, shape.attention, shape.chunk_tokens)
+    casts_to = casts_of(recipe.tuning, shape.dtype)
     layers = decoder_layers(model)
     num_recomputed = len(layers) if shape.recomputed_layers is None else shape.recomputed_layers
     if num_recomputed:
         checkpoint_layers(model, num_recomputed, offload=shape.offload)
+    if mesh is None:
+        scorer.compute_dtype = casts_to
+    else:
+        with fake_mode:
+            shard(scorer, mesh, casts_to)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     count = LiveBytes()
     _count_model(model, count)
     _follow(layers, num_recomputed, count)
     for parameter in trained:
-        parameter.register_post_accumulate_grad_hook(lambda p: count.add([p.grad], "gradients"))
+        parameter.register_post_accumulate_grad_hook(lambda p: count.add([_local(p.grad)], "gradients"))
     with fake_mode:
         optimizer, paged_bytes = _count_optimizer(trained, recipe, shape.on_cuda, count)
         if shape.accumulates:
             for parameter in trained:
                 parameter.grad = torch.zeros_like(parameter)
-                count.add([parameter.grad], "gradients")
-        scorer = PairScorer(model, shape.attention, shape.chunk_tokens)
+                count.add([_local(parameter.grad)], "gradients")
         model.train()
 
         def backward(loss: torch.Tensor) -> None:
@@ -95,7 +118,8 @@ def step_memory(config: PretrainedConfig, recipe: Recipe, shape: StepShape) -> S
             torch.nn.utils.clip_grad_norm_(trained, recipe.train.max_grad_norm or float("inf"))
             if optimizer is not None:
                 optimizer.step()
-    return StepMemory(count.peaks, count.host_peak, paged_bytes, len(layers))
+    traffic_bytes = count.received_bytes + count.sent_bytes
+    return StepMemory(count.peaks, count.host_peak, paged_bytes, len(layers), traffic_bytes)
 
 
 def _pair(lengths: PairLengths) -> TokenizedPair:
@@ -104,12 +128,21 @@ def _pair(lengths: PairLengths) -> TokenizedPair:
 
 
 def _count_model(model: nn.Module, count: LiveBytes) -> None:
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         dtype = "nf4" if parameter.dtype == torch.uint8 else str(parameter.dtype).removeprefix("torch.")
-        count.add([parameter], "adapters" if parameter.requires_grad else f"base weights, {dtype}")
+        kind = "trained weights" if parameter.requires_grad else "base weights"
+        if "lora_" in name or "modules_to_save" in name:
+            count.add([parameter], "adapters")
+        else:
+            count.add([_local(parameter)], f"{kind}, {dtype}")
     count.add(model.buffers(), "buffers")
     for module in model.modules():
         count.add(getattr(module, "nf4_constants", ()), "quantization constants")
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a sharded tensor; any other tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _follow(layers: Sequence[nn.Module], num_recomputed: int, count: LiveBytes) -> None:
@@ -129,8 +162,9 @@ def _follow(layers: Sequence[nn.Module], num_recomputed: int, count: LiveBytes) 
             hidden.register_hook(begin_backward)
             count.stretch = HEAD
 
-        layer.register_forward_pre_hook(begin)
-        layer.register_forward_hook(end)
+        # Before FSDP2's own, which gather and free the layer's weights.
+        layer.register_forward_pre_hook(begin, prepend=True)
+        layer.register_forward_hook(end, prepend=True)
 
 
 def layer_place(index: int, num_recomputed: int, num_layers: int) -> str:
@@ -158,7 +192,7 @@ def _count_optimizer(
         optimizer.step()
         optimizer.zero_grad()
         for state in optimizer.state.values():
-            count.add([tensor for tensor in state.values() if tensor.dim()], "optimizer")
+            count.add([_local(tensor) for tensor in state.values() if tensor.dim()], "optimizer")
         return optimizer, 0
 
     paged_bytes = 0

@@ -7,12 +7,15 @@ from the seed and the step, so no random state is needed to go on exactly.
 """
 
 import json
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors import SafetensorError
@@ -80,13 +83,30 @@ def save_sharded_checkpoint(
     schedule: Any,
     state: TrainState,
     is_main: bool,
-) -> None:
-    """Write a checkpoint of all parameters, all ranks together."""
-    parameters, optimizer_state = get_state_dict(scorer, optimizer)
-    dcp.save({"model": parameters, "optimizer": optimizer_state}, checkpoint_id=folder / SHARDS)
+) -> Future[Any] | None:
+    """Write a checkpoint of all parameters, all ranks together.
+
+    Returns:
+        What tells when this rank's shards are written, from a copy in host memory while training goes on; None where
+        there is one process, and all is written.
+    """
     if is_main:
         torch.save({"schedule": schedule.state_dict()}, folder / "schedule.pt")
         (folder / STATE).write_text(json.dumps(asdict(state)) + "\n", encoding="utf-8")
+    parameters, optimizer_state = get_state_dict(scorer, optimizer)
+    content = {"model": parameters, "optimizer": optimizer_state}
+    if not dist.is_initialized():
+        dcp.save(content, checkpoint_id=folder / SHARDS)
+        return None
+    writing = dcp.async_save(content, checkpoint_id=folder / SHARDS, process_group=_writers())
+    assert isinstance(writing, Future)  # the default stager copies before it returns
+    return writing
+
+
+@cache
+def _writers() -> Any:
+    """The ranks once more, so that what they write in the background doesn't meet what they compute."""
+    return dist.new_group(backend="gloo")
 
 
 def load_sharded_checkpoint(

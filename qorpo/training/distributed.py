@@ -89,13 +89,10 @@ def make_accelerator(
     state = PartialState(cpu=options["cpu"])
     if sharding == "none" or state.num_processes == 1:
         return Accelerator(**options)
-    policy = MixedPrecisionPolicy()
-    if compute_dtype is not None:
-        policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     options["fsdp_plugin"] = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         reshard_after_forward=True,
-        mixed_precision_policy=policy,
+        mixed_precision_policy=precision(compute_dtype),
         auto_wrap_policy="transformer_based_wrap",
         transformer_cls_names_to_wrap=sorted({type(layer).__name__ for layer in decoder_layers(model)}),
         cpu_ram_efficient_loading=True,  # the main rank's weights go out a tensor at a time
@@ -113,6 +110,16 @@ def make_accelerator(
             "(FSDP2 needs CUDA): run one process, or on GPUs"
         )
     return accelerator
+
+
+def precision(compute_dtype: torch.dtype | None) -> MixedPrecisionPolicy:
+    """What FSDP2 casts: parameters for forward and backward, and their gradients back to float32 to be summed."""
+    if compute_dtype is None:
+        return MixedPrecisionPolicy()
+    # Inputs are of that type already; casting them would hand each layer a copy of the packed layout.
+    return MixedPrecisionPolicy(
+        param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
 
 
 def ranks_of(accelerator: Accelerator, scorer: Any) -> Ranks:

@@ -1,10 +1,12 @@
 """The training loop, top to bottom: pairs in, adapter and metrics out."""
 
+import contextlib
 import logging
 import math
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from qorpo.data.tokenize import ChatFormat, Tokenized, TokenizedPair, tokenize_p
 from qorpo.errors import ModelError, RunError
 from qorpo.model.adapters import attach_lora
 from qorpo.model.load import keep_nf4_trainable, read_chat_template
-from qorpo.model.masters import train_all
+from qorpo.model.masters import casts_of, train_all
 from qorpo.model.recompute import checkpoint_layers
 from qorpo.model.scoring import PairScorer
 from qorpo.model.selfcheck import settle_mode
@@ -89,7 +91,7 @@ class Trainer:
             _check_vocabulary(model, tokenizer, pairs)
 
         self.dtype = train_all(model) if self.is_full else model.dtype
-        casts_to = self.dtype if self.is_full and self.dtype in (torch.bfloat16, torch.float16) else None
+        casts_to = casts_of(recipe.tuning, self.dtype)
         self.accelerator = make_accelerator(
             recipe.memory.sharding, model, casts_to,
             log_with=list(recipe.train.report_to) or None,
@@ -115,7 +117,12 @@ class Trainer:
             settle_mode(scorer, scorer, recipe.model.attention, casts_to)
             recipe = recipe.replace("model.attention", scorer.mode)
         # Ranks may find different amounts of memory free, and must take the same micro-batches.
-        recipe = as_on_main(settle_memory(recipe, self.model, self._longest_pair))
+        recipe = as_on_main(
+            settle_memory(
+                recipe, self.model, self._longest_pair,
+                device=self.accelerator.device, dtype=self.dtype, ranks=self.accelerator.num_processes,
+            )
+        )  # fmt: skip
         memory = recipe.memory
         scorer.chunk_tokens = int(memory.logprob_chunk_tokens)
         if layers := memory.activation_checkpointing:
@@ -139,6 +146,8 @@ class Trainer:
         # Since the last flush: each step's totals and metrics (still on the device), and the time they took.
         self._unwritten: list[tuple[StepTotals, dict[str, Any]]] = []
         self._interval_s = 0.0
+        # A checkpoint that ranks are writing: when it is done, what then names it, and the best step it knows of.
+        self._unfinished: tuple[Future[Any], contextlib.ExitStack, int | None] | None = None
 
     def _check_ranks(self, recipe: Recipe) -> None:
         ranks = self.accelerator.num_processes
@@ -219,6 +228,7 @@ class Trainer:
                     is_best = self._note_best(eval_metrics["eval_loss"])
                 if is_save or is_best:
                     self._checkpoint()
+            self._finish_checkpoint()
             if self.state.best_step not in (None, self.total_steps):
                 self._load_best()
             with folder.whole(folder.model if self.is_full else folder.adapter) as unfinished:
@@ -287,41 +297,42 @@ class Trainer:
                 )  # fmt: skip
 
         given = int(self.recipe.memory.microbatch_tokens)
-        if self.ranks.count > 1:  # one rank can't redo a step without the others
-            return self._or_advice(attempt, given)
         try:
+            if self.ranks.count > 1:  # one rank can't redo a step without the others
+                return attempt(given)
             means, took = within_memory(attempt, pairs, given, undo=self.optimizer.zero_grad)
         except StepTooLargeError as error:
-            raise self._ended_for_memory(str(error)) from error
+            raise self._ended_for_memory(f"with one pair a micro-batch ({error})") from error
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            shortage = str(error).splitlines()[0]
+            raise self._ended_for_memory(f"on rank {self.ranks.index} ({shortage})") from error
         if took != given:
             self.recipe = self.recipe.replace("memory.microbatch_tokens", took)
             if self.folder.recipe.exists():
                 self.folder.write_recipe(self.recipe.to_yaml())
         return means
 
-    def _or_advice(
-        self, attempt: Callable[[int], dict[str, torch.Tensor]], microbatch_tokens: int
-    ) -> dict[str, torch.Tensor]:
-        try:
-            return attempt(microbatch_tokens)
-        except RuntimeError as error:
-            if not should_reduce_batch_size(error):
-                raise
-            raise RunError(
-                f"step {self.state.step + 1}: out of memory on rank {self.ranks.index} ({str(error).splitlines()[0]}); "
-                f"lower memory.microbatch_tokens ({microbatch_tokens}) or data.max_length, or take more GPUs, "
-                "and go on with --resume"
-            ) from error
-
     def _ended_for_memory(self, shortage: str) -> RunError:
-        """What to say when no smaller micro-batch helps; the run so far is saved."""
-        if self.state.step not in self.folder.checkpoint_steps():
-            self._checkpoint()
-        advice = advice_for(self.recipe, self.model, self._longest_pair)
+        """What to say when no smaller micro-batch helps; the run so far is saved, as far as this rank alone can."""
+        folder = RunFolder(self.folder.path)  # without waiting: other ranks are in the midst of the step
+        if self.ranks.count == 1 or not self.is_full:
+            with contextlib.suppress(RunError):
+                if self.state.step not in folder.checkpoint_steps():
+                    self._checkpoint(folder)
+                self._finish_checkpoint()
+        sharded = self.ranks.count > 1 and self.is_full
+        advice = (
+            f"lower memory.microbatch_tokens ({self.recipe.memory.microbatch_tokens}) or data.max_length, or take more GPUs"
+            if sharded
+            else advice_for(self.recipe, self.model, self._longest_pair, self.dtype)
+        )
+        steps = folder.checkpoint_steps()
+        kept = f"{folder.checkpoint(steps[-1])} holds the run so far" if steps else "nothing was saved yet"
         return RunError(
-            f"step {self.state.step + 1}: out of memory with one pair a micro-batch ({shortage}); {advice}; "
-            f"{self.folder.checkpoint(self.state.step)} holds the run so far: change memory's keys and go on with "
-            "--resume, or start anew with the others changed"
+            f"step {self.state.step + 1}: out of memory {shortage}; {advice}; {kept}: change memory's keys and go on "
+            "with --resume, or start anew with the others changed"
         )
 
     def _step(self) -> None:
@@ -372,6 +383,7 @@ class Trainer:
         for row in rows:
             if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
                 raise _diverged(row["step"], f"loss {row['loss']}, gradient norm {row['grad_norm']}")
+        self._finish_checkpoint(wait=False)
         means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
         self.progress.logged(self.state.step, means)
         return means
@@ -395,14 +407,36 @@ class Trainer:
             self.state.best_step, self.state.best_loss = self.state.step, eval_loss
         return is_best
 
-    def _checkpoint(self) -> None:
-        with self.folder.whole(self.folder.checkpoint(self.state.step)) as unfinished:
-            parts = (self._plain_optimizer, self.schedule, self.state)
+    def _checkpoint(self, folder: RunFolder | None = None) -> None:
+        """Write a checkpoint; a sharded one is finished by `_finish_checkpoint`, while training goes on."""
+        self._finish_checkpoint()
+        folder, parts = folder or self.folder, (self._plain_optimizer, self.schedule, self.state)
+        is_main = self.accelerator.is_main_process
+        writing = None
+        with contextlib.ExitStack() as stack:
+            unfinished = stack.enter_context(folder.whole(folder.checkpoint(self.state.step)))
             if self.is_full:
-                save_sharded_checkpoint(unfinished, self.scorer, *parts, self.accelerator.is_main_process)
-            elif self.accelerator.is_main_process:
+                writing = save_sharded_checkpoint(unfinished, self.scorer, *parts, is_main)
+            elif is_main:
                 save_checkpoint(unfinished, self.model, *parts)
-        self.folder.prune_checkpoints(self.recipe.train.keep_checkpoints, self.state.best_step)
+            if writing is not None:
+                self._unfinished = writing, stack.pop_all(), self.state.best_step
+                return
+        folder.prune_checkpoints(self.recipe.train.keep_checkpoints, self.state.best_step)
+
+    def _finish_checkpoint(self, *, wait: bool = True) -> None:
+        """Give the checkpoint that is being written its name, all ranks together, once all have written their shards."""
+        if self._unfinished is None:
+            return
+        writing, stack, best_step = self._unfinished
+        if not wait:
+            done = torch.tensor(float(writing.done()), device=self.accelerator.device)
+            if self.ranks.summed({"done": done})["done"].item() < self.ranks.count:
+                return
+        self._unfinished = None
+        with stack:
+            writing.result()
+        self.folder.prune_checkpoints(self.recipe.train.keep_checkpoints, best_step)
 
     def _resume(self) -> None:
         steps = self.folder.checkpoint_steps()
