@@ -224,7 +224,8 @@ class TrainRecipe(_Keys):
     warmup_ratio: BelowOne = key(0.1, "Fraction of the steps over which the learning rate climbs from 0.")
     schedule: Schedule = key("cosine", "The learning rate's course after warm-up.")
     optimizer: Optimizer = key(
-        "auto", "AdamW of bitsandbytes or torch; auto: paged_adamw_8bit, or adamw_torch_fused for full."
+        "auto",
+        "AdamW of bitsandbytes or torch; auto: paged_adamw_8bit, or adamw_torch_fused for full or sharded.",
     )
     weight_decay: NotNegative = key(0.0, "AdamW's decoupled weight decay.")
     adam_beta1: BelowOne = key(0.9, "AdamW's decay of the gradient's running average.")
@@ -492,11 +493,12 @@ def resolve(
     """
     installed = installed or _importable
     full = recipe.tuning == "full"
+    is_sharded = full or recipe.memory.sharding in ("full", "hybrid")  # bitsandbytes' optimizers can't be
     meaning = {
         "model.quantization": "none" if full else "nf4",
         "memory.sharding": "full" if full else "none",
         "train.learning_rate": 8e-6 if full else 1e-4,
-        "train.optimizer": "adamw_torch_fused" if full else "paged_adamw_8bit",
+        "train.optimizer": "adamw_torch_fused" if is_sharded else "paged_adamw_8bit",
         "train.report_to": ["tensorboard"] if installed("tensorboard") else [],
     }
     for key, value in recipe.values():
@@ -507,11 +509,6 @@ def resolve(
     if full and recipe.model.quantization == "nf4":
         problems.append(
             "model.quantization: nf4 weights can't be trained; leave out --full (tuning: full), or set it to auto or none"
-        )
-    if not full and recipe.memory.sharding in ("full", "hybrid"):
-        problems.append(
-            f"memory.sharding: {recipe.memory.sharding} is for --full (tuning: full); adapters are data-parallel: "
-            "set it to auto or none"
         )
     if recipe.memory.activation_offload is True and device_type != "cuda":
         problems.append(

@@ -1,5 +1,6 @@
 """A base model and its tokenizer, from a local folder, a hub, or the embedded demo."""
 
+import contextlib
 import importlib.util
 import json
 import logging
@@ -23,7 +24,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from qorpo.errors import ModelError
-from qorpo.model.nf4 import mend_dequantization
+from qorpo.model.nf4 import keep_quant_states, mend_dequantization, quantized_on_gpu
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +82,7 @@ def load_model(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     empty: bool = False,
+    to_be_sharded: bool = False,
 ) -> PreTrainedModel:
     """A causal language model in bfloat16, its linear layers in NF4 with double quantization if so asked.
 
@@ -91,6 +93,8 @@ def load_model(
         quantization: nf4 (bitsandbytes) or none.
         allow_pickle: also read `.bin` weights (by torch's weights-only reader).
         empty: leave the weights out, in memory that is not touched: another process has them.
+        to_be_sharded: keep 4-bit weights so that FSDP2 can shard them, and quantize them on this process's GPU, where
+            there is one, though they are to wait in host memory.
 
     Raises:
         ModelError: where the folder or id holds no model that can be read, with what to do.
@@ -108,12 +112,17 @@ def load_model(
     try:
         if quantization == "nf4":
             options["quantization_config"] = nf4_config(config)
+            if to_be_sharded:
+                options[
+                    "quantization_config"
+                ].bnb_4bit_quant_storage = torch.bfloat16  # what is uint8 stays whole
         if not allow_pickle:
             options["use_safetensors"] = True
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=torch.bfloat16, device_map={"": torch.device(device)},
-            output_loading_info=True, **options,
-        )  # fmt: skip
+        with quantized_on_gpu() if to_be_sharded else contextlib.nullcontext():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source, config=config, dtype=torch.bfloat16, device_map={"": torch.device(device)},
+                output_loading_info=True, **options,
+            )  # fmt: skip
     except (pickle.UnpicklingError, EOFError) as error:  # torch's own words advise to run what is inside
         raise ModelError(
             f"{source}: the .bin weights are broken, or hold more than tensors; convert them to safetensors"
@@ -124,6 +133,8 @@ def load_model(
     _check_weights(source, model, report["missing_keys"])
     if quantization == "nf4" and not keep_nf4_trainable(model):
         logger.warning("quantization: no layer of this model could be quantized; it trains in bfloat16")
+    if to_be_sharded:
+        keep_quant_states(model)
     model.requires_grad_(False)
     return model
 

@@ -1,13 +1,53 @@
 """NF4 as it is meant, where bitsandbytes' kernel for the CPU computes something else."""
 
 import functools
+import importlib.util
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+
+
+@contextmanager
+def quantized_on_gpu() -> Iterator[None]:
+    """Inside, weights that are loaded into host memory are quantized on this process's GPU, where there is one.
+
+    The codes go back to host memory and their scales stay. On a CPU it would take hours for 70 billion weights.
+    """
+    if not torch.cuda.is_available():
+        yield
+        return
+    from bitsandbytes.nn import Params4bit
+
+    own = Params4bit._quantize
+
+    def _quantize(self: Any, device: Any) -> Any:
+        own(self, torch.device("cuda", torch.cuda.current_device()))
+        self.data = self.data.to(device)
+        return self
+
+    Params4bit._quantize = _quantize  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Params4bit._quantize = own  # type: ignore[method-assign]
+
+
+def keep_quant_states(model: nn.Module) -> None:
+    """Have layers know the scales of their 4-bit weights, which a weight that FSDP2 shards no longer does."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.quant_state = getattr(module.weight, "quant_state")  # noqa: B009 (mypy knows a Tensor)
+
 
 OPERATOR = "bitsandbytes::dequantize_4bit"
 

@@ -49,14 +49,13 @@ def _changes(recipe: Recipe, counter: StepCounter) -> Iterator[tuple[str, Any]]:
         yield "memory.microbatch_tokens", longest_row
     if memory.logprob_chunk_tokens != "auto" and memory.logprob_chunk_tokens > SMALLEST_CHUNK:
         yield "memory.logprob_chunk_tokens", SMALLEST_CHUNK
-    is_full = recipe.tuning == "full"
-    if not is_full and not recipe.train.optimizer.startswith("paged"):
+    if memory.sharding == "none" and not recipe.train.optimizer.startswith("paged"):
         yield "train.optimizer", "paged_adamw_8bit"
     if memory.activation_checkpointing != "auto" and memory.activation_checkpointing is not True:
         yield "memory.activation_checkpointing", True
     if memory.activation_offload is False:
         yield "memory.activation_offload", True
-    if is_full:
+    if recipe.tuning == "full":
         return
     if recipe.model.quantization != "nf4":
         yield "model.quantization", "nf4"

@@ -64,7 +64,7 @@ def make_fake_model(
     mode = FakeTensorMode()
     if quantized:
         with mode:
-            _stand_in_for_nf4(peft_model)
+            _stand_in_for_nf4(peft_model, torch.uint8 if recipe.memory.sharding == "none" else torch.bfloat16)
     _make_fake(peft_model, mode)
     return peft_model, mode
 
@@ -88,13 +88,13 @@ def _make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
                     tensors[name] = fake(tensor)  # type: ignore[assignment]
 
 
-def _stand_in_for_nf4(model: nn.Module) -> None:
+def _stand_in_for_nf4(model: nn.Module, storage: torch.dtype) -> None:
     from bitsandbytes.nn import Linear4bit
 
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, Linear4bit):
-                setattr(parent, name, _NF4Linear(child))
+                setattr(parent, name, _NF4Linear(child, storage))
 
 
 class _NF4Linear(nn.Module):
@@ -103,12 +103,13 @@ class _NF4Linear(nn.Module):
     absmax: torch.Tensor
     absmax_scales: torch.Tensor
 
-    def __init__(self, layer: Any):
+    def __init__(self, layer: Any, storage: torch.dtype):
         super().__init__()
         self.shape = (layer.out_features, layer.in_features)
         self.compute_dtype = layer.compute_dtype
         num_absmaxes = -(-layer.out_features * layer.in_features // WEIGHTS_PER_ABSMAX)
-        packed = torch.empty((layer.out_features * layer.in_features + 1) // 2, 1, dtype=torch.uint8)
+        num_bytes = (layer.out_features * layer.in_features + 1) // 2
+        packed = torch.empty(-(-num_bytes // storage.itemsize), 1, dtype=storage)
         self.weight = nn.Parameter(packed, requires_grad=False)
         self.register_buffer("absmax", torch.empty(num_absmaxes, dtype=torch.uint8))
         scales = -(-num_absmaxes // ABSMAXES_PER_SCALE)

@@ -39,5 +39,6 @@ def _fake_mesh() -> DeviceMesh:
 
 def shard(scorer: PairScorer, mesh: DeviceMesh, compute_dtype: torch.dtype | None) -> None:
     """What accelerate makes of a scorer by the plugin of `make_accelerator`."""
-    for module in (*decoder_layers(scorer.model), scorer):
-        fully_shard(module, mesh=mesh, mp_policy=precision(compute_dtype), reshard_after_forward=True)
+    for layer in decoder_layers(scorer.model):
+        fully_shard(layer, mesh=mesh, mp_policy=precision(compute_dtype), reshard_after_forward=True)
+    fully_shard(scorer, mesh=mesh, mp_policy=precision(compute_dtype))

@@ -11,6 +11,7 @@ from types import CodeType, FrameType
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -101,14 +102,14 @@ class LiveBytes(TorchDispatchMode):
 
     def add(self, tensors: Iterable[torch.Tensor], kind: str) -> None:
         """Count `tensors` as `kind` from now on, whatever they were counted as before."""
-        for tensor in tensors:
+        for tensor in map(_local, tensors):
             key = tensor.untyped_storage()._cdata
             if key in self._living:
                 self._forget(key)
             self._note(tensor, kind)
 
     def _note(self, tensor: torch.Tensor, kind: str | None = None) -> None:
-        storage = tensor.untyped_storage()
+        storage = _local(tensor).untyped_storage()
         if storage._cdata not in self._living:
             self._note_storage(storage, sys._getframe(2), kind)
 
@@ -133,6 +134,11 @@ class LiveBytes(TorchDispatchMode):
         self._by_kind[kind] -= size
         if kind != HOST:
             self._total -= size
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a sharded tensor, which itself says the size of the whole; any other tensor as it is."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 def _kind_of(frame: FrameType | None) -> str | None:

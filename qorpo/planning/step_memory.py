@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig
 
 from qorpo.data.pack import PairLengths
@@ -93,13 +92,13 @@ def _step_memory(
     _count_model(model, count)
     _follow(layers, num_recomputed, count)
     for parameter in trained:
-        parameter.register_post_accumulate_grad_hook(lambda p: count.add([_local(p.grad)], "gradients"))
+        parameter.register_post_accumulate_grad_hook(lambda p: count.add([p.grad], "gradients"))
     with fake_mode:
         optimizer, paged_bytes = _count_optimizer(trained, recipe, shape.on_cuda, count)
         if shape.accumulates:
             for parameter in trained:
                 parameter.grad = torch.zeros_like(parameter)
-                count.add([_local(parameter.grad)], "gradients")
+                count.add([parameter.grad], "gradients")
         model.train()
 
         def backward(loss: torch.Tensor) -> None:
@@ -128,21 +127,17 @@ def _pair(lengths: PairLengths) -> TokenizedPair:
 
 
 def _count_model(model: nn.Module, count: LiveBytes) -> None:
+    nf4 = {f"{name}.weight" for name, module in model.named_modules() if hasattr(module, "nf4_constants")}
     for name, parameter in model.named_parameters():
-        dtype = "nf4" if parameter.dtype == torch.uint8 else str(parameter.dtype).removeprefix("torch.")
+        dtype = "nf4" if name in nf4 else str(parameter.dtype).removeprefix("torch.")
         kind = "trained weights" if parameter.requires_grad else "base weights"
         if "lora_" in name or "modules_to_save" in name:
             count.add([parameter], "adapters")
         else:
-            count.add([_local(parameter)], f"{kind}, {dtype}")
+            count.add([parameter], f"{kind}, {dtype}")
     count.add(model.buffers(), "buffers")
     for module in model.modules():
         count.add(getattr(module, "nf4_constants", ()), "quantization constants")
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a sharded tensor; any other tensor itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _follow(layers: Sequence[nn.Module], num_recomputed: int, count: LiveBytes) -> None:
@@ -192,7 +187,7 @@ def _count_optimizer(
         optimizer.step()
         optimizer.zero_grad()
         for state in optimizer.state.values():
-            count.add([_local(tensor) for tensor in state.values() if tensor.dim()], "optimizer")
+            count.add([tensor for tensor in state.values() if tensor.dim()], "optimizer")
         return optimizer, 0
 
     paged_bytes = 0

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from peft import PeftModel, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.api import CheckpointException
@@ -27,11 +27,12 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_state_dict,
 )
+from torch.utils._pytree import tree_map
 from transformers import GenerationConfig, PreTrainedModel
 
 from qorpo.data.tokenize import ChatFormat
 from qorpo.errors import RunError
-from qorpo.training.distributed import whole
+from qorpo.training.distributed import sharded_like, whole
 from qorpo.training.optim import load_optimizer_state
 
 STATE = "state.json"
@@ -48,13 +49,19 @@ class TrainState:
 
 
 def save_checkpoint(
-    folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer, schedule: Any, state: TrainState
+    folder: Path,
+    model: PeftModel,
+    optimizer: torch.optim.Optimizer,
+    schedule: Any,
+    state: TrainState,
+    is_main: bool = True,
 ) -> None:
-    """Write a checkpoint into an existing empty folder (see `RunFolder.whole`)."""
-    save_adapter(folder, model)
-    torch.save(
-        {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}, folder / "optimizer.pt"
-    )
+    """Write a checkpoint into an existing empty folder (see `RunFolder.whole`); where sharded, all ranks together."""
+    save_adapter(folder, model, is_main)
+    optimizer_state = tree_map(whole, optimizer.state_dict())
+    if not is_main:
+        return
+    torch.save({"optimizer": optimizer_state, "schedule": schedule.state_dict()}, folder / "optimizer.pt")
     (folder / STATE).write_text(json.dumps(asdict(state)) + "\n", encoding="utf-8")
 
 
@@ -175,15 +182,22 @@ def save_tokenizer(folder: Path, chat: ChatFormat) -> None:
     ).save_pretrained(str(folder))
 
 
-def save_adapter(folder: Path, model: PeftModel) -> None:
-    """The adapter in PEFT's format; the base's embeddings stay out, since qorpo never resizes them."""
-    model.save_pretrained(str(folder), save_embedding_layers=False)
+def save_adapter(folder: Path, model: PeftModel, is_main: bool = True) -> None:
+    """The adapter in PEFT's format; the base's embeddings stay out, since qorpo never resizes them.
+
+    Where it is sharded all ranks gather it together, and the main one writes.
+    """
+    trained = {name: whole(weight) for name, weight in model.named_parameters() if weight.requires_grad}
+    if is_main:
+        model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=trained)
 
 
 def load_adapter(folder: Path, model: PeftModel) -> None:
     """Put saved adapter weights into a model with the same adapter."""
     try:
         weights = load_file(folder / "adapter_model.safetensors", device="cpu")
+        own = get_peft_model_state_dict(model, save_embedding_layers=False)
+        weights = {name: sharded_like(weight, own.get(name)) for name, weight in weights.items()}
         outcome: Any = set_peft_model_state_dict(model, weights)
     except (OSError, SafetensorError, RuntimeError, KeyError) as error:
         raise _unusable(folder, error) from error

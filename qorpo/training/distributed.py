@@ -20,7 +20,7 @@ from accelerate.utils import (
     ParallelismConfig,
     broadcast_object_list,
 )
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from qorpo.data.pack import row_tokens, split_by_budget
@@ -164,12 +164,19 @@ def as_on_main(recipe: Recipe) -> Recipe:
     return load_recipe(found[0])
 
 
+def reshard(scorer: Any) -> None:
+    """Give back what a forward without a backward has left gathered: the output head, for one."""
+    for module in scorer.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def whole(tensor: Any) -> Any:
     """A sharded tensor gathered (by all ranks together) into host memory; anything else as it is."""
     return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
 
 
-def sharded_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def sharded_like(tensor: torch.Tensor, like: torch.Tensor | None) -> torch.Tensor:
     """A whole tensor that every rank has, in shards where `like` is."""
     if not isinstance(like, DTensor) or tensor.shape != like.shape:
         return tensor

@@ -43,7 +43,7 @@ from qorpo.training.checkpoint import (
     save_whole_model,
 )
 from qorpo.training.data import limits_of
-from qorpo.training.distributed import as_on_main, make_accelerator, ranks_of, whole
+from qorpo.training.distributed import as_on_main, make_accelerator, ranks_of, reshard, whole
 from qorpo.training.optim import make_optimizer, make_schedule
 from qorpo.training.progress import Progress
 from qorpo.training.run_folder import RunFolder
@@ -251,6 +251,8 @@ class Trainer:
         self.model.eval()
         with torch.no_grad():
             means = self._within_memory(self.eval_pairs)
+        if self.is_sharded:
+            reshard(self.scorer)
         metrics = {f"eval_{name}": value.item() for name, value in means.items()}
         seconds = time.perf_counter() - started
         return metrics | {"eval_pairs_per_second": len(self.eval_pairs) / seconds}
@@ -263,8 +265,8 @@ class Trainer:
             Path(folder).mkdir(parents=True, exist_ok=True)
         if self.is_full:
             save_whole_model(Path(folder), self.model, self.dtype, is_main)
-        elif is_main:
-            save_adapter(Path(folder), self.model)
+        else:
+            save_adapter(Path(folder), self.model, is_main)
         if is_main:
             save_tokenizer(Path(folder), self.chat)
 
@@ -317,15 +319,14 @@ class Trainer:
     def _ended_for_memory(self, shortage: str) -> RunError:
         """What to say when no smaller micro-batch helps; the run so far is saved, as far as this rank alone can."""
         folder = RunFolder(self.folder.path)  # without waiting: other ranks are in the midst of the step
-        if self.ranks.count == 1 or not self.is_full:
+        if self.ranks.count == 1 or not (self.is_full or self.is_sharded):
             with contextlib.suppress(RunError):
                 if self.state.step not in folder.checkpoint_steps():
                     self._checkpoint(folder)
                 self._finish_checkpoint()
-        sharded = self.ranks.count > 1 and self.is_full
         advice = (
             f"lower memory.microbatch_tokens ({self.recipe.memory.microbatch_tokens}) or data.max_length, or take more GPUs"
-            if sharded
+            if self.is_sharded
             else advice_for(self.recipe, self.model, self._longest_pair, self.dtype)
         )
         steps = folder.checkpoint_steps()
@@ -417,8 +418,8 @@ class Trainer:
             unfinished = stack.enter_context(folder.whole(folder.checkpoint(self.state.step)))
             if self.is_full:
                 writing = save_sharded_checkpoint(unfinished, self.scorer, *parts, is_main)
-            elif is_main:
-                save_checkpoint(unfinished, self.model, *parts)
+            else:
+                save_checkpoint(unfinished, self.model, *parts, is_main)
             if writing is not None:
                 self._unfinished = writing, stack.pop_all(), self.state.best_step
                 return

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import get_scheduler
 
 from qorpo.recipe import TrainRecipe
+from qorpo.training.distributed import sharded_like
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,15 @@ def make_schedule(optimizer: torch.optim.Optimizer, recipe: TrainRecipe, total_s
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """`load_state_dict`, and paged states paged again: bitsandbytes brings them back as plain device memory."""
+    """`load_state_dict`, of whole tensors into sharded ones too, and paged states paged again: bitsandbytes brings them
+    back as plain device memory.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, values in state["state"].items():
+        state["state"][index] = {
+            name: sharded_like(value, parameters[index]) if torch.is_tensor(value) else value
+            for name, value in values.items()
+        }
     optimizer.load_state_dict(state)
     if not getattr(optimizer, "is_paged", False):
         return

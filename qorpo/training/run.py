@@ -105,7 +105,8 @@ def train(
         device="cpu" if to_be_sharded else device,
         trust_remote_code=recipe.model.trust_remote_code,
         allow_pickle=recipe.model.allow_pickle,
-        empty=to_be_sharded and not is_main,
+        empty=to_be_sharded and not is_main and recipe.model.quantization == "none",
+        to_be_sharded=to_be_sharded,
     )
     trainer = Trainer(
         model, chat.tokenizer, recipe, data.train, data.eval, progress=progress if is_main else None

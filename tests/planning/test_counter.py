@@ -33,6 +33,14 @@ def test_the_estimate_is_the_count(recomputed, offload):
     assert counter.peak_bytes(settings) == pytest.approx(counter.count(settings).peak.total_bytes, rel=0.003)
 
 
+@pytest.mark.parametrize("recomputed", [9, 4])
+@pytest.mark.parametrize("changes", [["tuning=full"], ["memory.sharding=full"]], ids=["full", "lora"])
+def test_the_estimate_is_the_count_of_a_sharded_model(recomputed, changes):
+    counter = counter_of(*changes, num_hidden_layers=9).changed(ranks=4)
+    settings = MemorySettings(300, 64, recomputed, offload=False)
+    assert counter.peak_bytes(settings) == pytest.approx(counter.count(settings).peak.total_bytes, rel=0.005)
+
+
 def test_the_estimate_is_near_where_no_layer_is_like_the_first_and_the_last():
     # Gradients that grow during backward, and inputs fetched ahead: the peak is in the second layer, which is neither.
     counter, settings = counter_of("train.pairs_per_step=1"), MemorySettings(300, 64, 7, True)

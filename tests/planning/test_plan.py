@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from published import PUBLISHED, published_config
+from transformers import LlamaConfig
 
 import qorpo
 from qorpo.errors import ModelError, RecipeError
@@ -27,7 +28,10 @@ CARDS_GIB = {
     "mistral-7b-beta.yaml": 12, "opt-1.3b-hh-rlhf.yaml": 8, "opt-1.3b-ultrafeedback.yaml": 8, "opt-125m-hh-rlhf.yaml": 8,
     "opt-125m-ultrafeedback.yaml": 8, "opt-350m-hh-rlhf.yaml": 8, "opt-350m-ultrafeedback.yaml": 8, "phi-2.yaml": 8,
     "qlora-24gb.yaml": 24, "qwen2.5-14b-24gb.yaml": 24, "qwen2.5-32b-24gb.yaml": 24,
+    "mistral-7b-alpha-a100.yaml": 24, "mistral-7b-beta-a100.yaml": 24,
 }  # fmt: skip
+FULL = ["mistral-7b-alpha-a100.yaml", "mistral-7b-beta-a100.yaml"]
+A100_GIB = 39.4  # of what is sold as 40 GB
 
 
 def recipe_of(path, *overrides: str):
@@ -35,9 +39,9 @@ def recipe_of(path, *overrides: str):
     return resolve(load_recipe(raw, overrides), device_type="cuda", installed=lambda module: True)
 
 
-def counter_of(name: str, max_length: int, recipe=None) -> StepCounter:
-    longest = pair_of(2 * max_length - 1)
-    return StepCounter(published_config(name), recipe or recipe_of(name), longest=longest, on_cuda=True)
+def counter_of(name: str, max_length: int, recipe=None, ranks: int = 1) -> StepCounter:
+    longest, recipe = pair_of(2 * max_length - 1), recipe or recipe_of(name)
+    return StepCounter(published_config(name), recipe, longest=longest, on_cuda=True, ranks=ranks)
 
 
 def room_of(card_gib: float) -> int:
@@ -47,18 +51,44 @@ def room_of(card_gib: float) -> int:
 # --- what is promised of cards ---
 
 
+def needed_by(recipe, ranks: int = 1) -> int:
+    recipe = resolve(recipe, device_type="cuda", installed=lambda module: True)
+    counter = counter_of(recipe.model.path, recipe.data.max_length, recipe, ranks)
+    return reserved_bytes(counter.peak_bytes(frugal(recipe.memory, counter, 512)))
+
+
+def head_of(name: str) -> str:
+    head = CONFIGS[name].read_text(encoding="utf-8").split("\nmodel:")[0]
+    assert head.startswith("#")
+    return head
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_recipe_fits_the_card_it_is_for(name):
     recipe = load_recipe(CONFIGS[name])
     if recipe.model.path == "demo":
         return
-    recipe = resolve(recipe, device_type="cuda", installed=lambda module: True)
-    counter = counter_of(recipe.model.path, recipe.data.max_length, recipe)
-    needed = reserved_bytes(counter.peak_bytes(frugal(recipe.memory, counter, 512)))
-    assert needed <= room_of(CARDS_GIB[name])
-    head = CONFIGS[name].read_text(encoding="utf-8").split("\nmodel:")[0]
-    assert head.startswith("#")
-    assert f"{CARDS_GIB[name]} GB" in head
+    assert needed_by(recipe) <= room_of(CARDS_GIB[name])
+    assert f"{CARDS_GIB[name]} GB" in head_of(name)
+
+
+@pytest.mark.parametrize("name", FULL)
+@pytest.mark.parametrize("ranks", [4, 8])
+def test_recipes_for_a_cluster_fit_4_and_8_a100(name, ranks):
+    assert needed_by(load_recipe(CONFIGS[name], ["tuning=full"]), ranks) <= room_of(A100_GIB)
+    assert "4 A100 of 40 GB" in head_of(name)
+
+
+def test_two_cards_of_24_gib_hold_70b_in_4_bits():
+    """The known mark of FSDP2 with QLoRA; here without offloading weights."""
+    shape = LlamaConfig(
+        hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8
+    )  # fmt: skip
+    recipe = recipe_of("x", "memory.sharding=full", "train.pairs_per_step=8")
+    counter = StepCounter(shape, recipe, longest=pair_of(2 * 1024 - 1), on_cuda=True, ranks=2)
+    assert reserved_bytes(counter.peak_bytes(frugal(recipe.memory, counter, 512))) <= room_of(24)
+    one = counter.changed(ranks=1)
+    assert reserved_bytes(one.peak_bytes(frugal(recipe.memory, one, 512))) > room_of(24)
 
 
 def test_8b_at_twice_2048_tokens_takes_at_most_10_gib_with_every_layer_recomputed():
@@ -186,7 +216,61 @@ def test_the_budget_is_the_recipes_own_and_else_24_where_there_is_no_card(monkey
     assert budget_of(recipe_of("x")) == 24
 
 
+# --- all parameters, on several cards ---
+
+EACH_LAYER = 256 * (2 * 256 + 2 * 128) + 3 * 256 * 688 + 2 * 256
+REST = 2 * 4000 * 256 + 256  # embeddings, head and the last norm
+
+
+@pytest.mark.parametrize("ranks", [2, 8])
+def test_a_rank_holds_its_share_and_moves_what_fsdp_moves(little, ranks):
+    plan = qorpo.plan(
+        little, [*SHORT, "tuning=full", "memory.activation_checkpointing=true"], budget_gib=2, ranks=ranks
+    )
+    assert (plan.tuning, plan.ranks, plan.fits) == ("full", ranks, True)
+    share = (2 * EACH_LAYER + REST) / ranks / GIB
+    kinds = {"trained weights, float32": 4 * share, "gradients": 4 * share, "optimizer": 8 * share}
+    for kind, size in kinds.items():
+        assert plan.by_kind[kind] == pytest.approx(size, rel=0.03, abs=0.001), kind
+    assert plan.by_kind["gathered weights"] > 0
+    assert "lora_rank" not in plan.largest
+    # Layers gathered in bfloat16 for forward and for backward, the rest once; gradients summed in float32.
+    moved = (2 * (4 * EACH_LAYER + REST) + 4 * (2 * EACH_LAYER + REST)) * (ranks - 1) / ranks
+    assert plan.traffic_gib == pytest.approx(moved / GIB, abs=0.001)
+
+
+def test_advice_for_all_parameters_is_more_cards(little):
+    one = qorpo.plan(little, [*SHORT, "tuning=full"], budget_gib=0.68)
+    assert not one.fits
+    assert one.traffic_gib == 0
+    (advice,) = [line for line in one.advice if line.startswith("--ranks")]
+    ranks = int(advice.split()[1].rstrip(":"))
+    assert qorpo.plan(little, [*SHORT, "tuning=full"], budget_gib=0.68, ranks=ranks).fits
+    assert not any(line.startswith(("lora", "model", "train")) for line in one.advice)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--ranks", "2"], "nothing is sharded, so each card needs what one does"),
+        (["--full", "--ranks", "33"], "give from 1 to train.pairs_per_step (32)"),
+        (["--full", "model.quantization=nf4"], "nf4 weights can't be trained"),
+    ],
+)
+def test_plans_for_several_cards_that_make_no_sense_are_refused(command, little, arguments, said):
+    code, out, err = command("plan", little, *arguments)
+    assert (code, out) == (2, "")
+    assert said in err
+
+
 # --- on the command line ---
+
+
+def test_the_command_plans_all_parameters_on_several_cards(command, little):
+    code, out, _ = command("plan", little, *SHORT, "--full", "--ranks", "4", "--budgets", "1")
+    assert code == 0
+    assert "all parameters, on each of 4 ranks: fits 1 GiB" in out
+    assert "between cards: 0.0" in out
 
 
 def test_the_command_says_it_in_words(command, little):

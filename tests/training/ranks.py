@@ -1,19 +1,21 @@
 """One rank of a run, for tests: `python ranks.py JOB.json`, alone or under torchrun, on the CPU over gloo.
 
 accelerate leaves FSDP out on the CPU; the shim below is all that differs from a cluster. A job is
-{"recipe", "dtype", "output", "kill": [rank, step], "sgd": bool}. With "output" the gradients of every step, the
-losses and the final weights are saved there by the main rank.
+{"recipe", "dtype", "output", "kill": [rank, step], "sgd": bool, "profile": step}. With "output" the gradients of every
+step, the losses, the final weights and the bytes it holds are saved there by the main rank.
 """
 
 import json
 import os
 import signal
 import sys
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
 
 import qorpo
@@ -28,7 +30,8 @@ def main() -> None:
     torch.set_num_threads(1)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         PartialState(cpu=True)
-        if job["recipe"].get("tuning") == "full" and not job.get("unshimmed"):
+        recipe = job["recipe"]
+        if recipe.get("tuning") == "full" or recipe.get("memory", {}).get("sharding") == "full":
             PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     if job.get("sgd"):
         loop.make_optimizer = lambda parameters, recipe: torch.optim.SGD(parameters, recipe.learning_rate)
@@ -63,12 +66,16 @@ def watch(trainer_class, job) -> None:
         clip = self.accelerator.clip_grad_norm_
 
         def seen(parameters, norm):
-            if job.get("output"):
+            if job.get("output") and "profile" not in job:
                 self.seen["gradients"].append([whole(parameter.grad).clone() for parameter in parameters])
+                self.seen["bytes"]["gradients"] = local_bytes(parameter.grad for parameter in parameters)
             return clip(parameters, norm)
 
         self.accelerator.clip_grad_norm_ = seen
-        step(self)
+        if job.get("profile") == self.state.step:
+            profiled(self, lambda: step(self))
+        else:
+            step(self)
         self.accelerator.clip_grad_norm_ = clip
 
     def flushing(self):
@@ -77,16 +84,46 @@ def watch(trainer_class, job) -> None:
         return means
 
     def training(self, **options):
-        self.seen = {"gradients": [], "losses": []}
+        self.seen = {"gradients": [], "losses": [], "bytes": {}}
         return train(self, **options)
 
     def saving(self, folder):  # the last thing before the processes part
         save(self, folder)
         self.seen["weights"] = [whole(parameter).detach().clone() for parameter in self.trained]
-        self.seen["local_numel"] = sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in self.trained)
+        self.seen["bytes"] |= standing_bytes(self)
 
     trainer_class._step, trainer_class._flush_metrics = stepping, flushing
     trainer_class.train, trainer_class.save = training, saving
+
+
+def local_bytes(tensors) -> int:
+    return sum(getattr(tensor, "_local_tensor", tensor).nbytes for tensor in tensors)
+
+
+def standing_bytes(trainer) -> dict[str, int]:
+    """What this rank holds between steps."""
+    states = [value for state in trainer.optimizer.state.values() for value in state.values()]
+    return {
+        "base": local_bytes(p for p in trainer.model.parameters() if not p.requires_grad),
+        "parameters": local_bytes(trainer.trained),
+        "optimizer": local_bytes(value for value in states if torch.is_tensor(value)),
+    }
+
+
+def profiled(trainer, step) -> None:
+    """Note the most that a step adds to what this rank holds, as torch's profiler sees it, and the pairs it scored."""
+    pairs = trainer.pairs_of_step(trainer.state.step)
+    rows = trainer.ranks.micro_batches(pairs, int(trainer.recipe.memory.microbatch_tokens))
+    trainer.seen["rows"] = [
+        [len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids)] for pair in rows[0]
+    ]
+    trainer.seen["standing_bytes"] = sum(standing_bytes(trainer).values())
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        step()
+    changes = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes.sort(key=lambda event: event.start_ns())
+    levels = list(accumulate(event.nbytes() for event in changes))
+    trainer.seen["added_bytes"], trainer.seen["left_bytes"] = max(levels), levels[-1]
 
 
 if __name__ == "__main__":
