@@ -423,10 +423,12 @@ def test_what_gpu_check_runs_can_be_run_in_ten_minutes(refuse):
     parts = re.findall(r"^ *run (\d+) (\w+) (.*)$", text, re.MULTILINE)
     assert sum(int(seconds) for seconds, _, _ in parts) <= 600
     scripts = [script for _, script, _ in parts]
-    assert scripts == ["gpu_check", "gpu_check", "step", "step", "head", "train_vs_peers"]
+    (trl,) = re.findall(r"trl=\((.*)\)", text)
+    assert scripts == ["gpu_check", "gpu_check", "step", "step", "head", "train_vs_peers", "train_vs_peers"]
     for _, script, arguments in parts:
         if script != "head":
-            words = shlex.split(arguments.replace('"${cap[@]}"', "--cap-gib 24"))
+            arguments = arguments.replace('"${cap[@]}"', "--cap-gib 24").replace('"${trl[@]}"', trl)
+            words = shlex.split(arguments)
             assert "torch sees no CUDA device" in refuse(script, *words, "--device", "cuda")
 
 

@@ -69,14 +69,16 @@ run() {
     timeout "$seconds" "$python" "$root/scripts/bench/$script.py" "$@" --device cuda ${output[@]+"${output[@]}"} ||
         { echo "gpu_check: $script $* failed" >&2; failed=1; }
 }
-run 110 gpu_check --part tests
-run 60 gpu_check --part losses
-run 75 step --shape llama-3-8b --mix pair-2x2048 --cap-gib 10
-run 75 step --shape llama-3-8b --mix packed-8192 "${cap[@]}"
-run 90 head --tokens 4096 --hidden 4096 --vocab 128256 --dtype bfloat16 --chunk-tokens 512
+run 120 gpu_check --part tests
+run 50 gpu_check --part losses
+run 60 step --shape llama-3-8b --mix pair-2x2048 --cap-gib 10
+run 60 step --shape llama-3-8b --mix packed-8192 "${cap[@]}"
+run 80 head --tokens 4096 --hidden 4096 --vocab 128256 --dtype bfloat16 --chunk-tokens 512
 if "$python" -c 'import datasets, trl' 2>/dev/null; then
-    run 170 train_vs_peers --shape llama-3-8b --mix ultrafeedback "${cap[@]}" --steps 3 --sides qorpo,trl \
-        --trl-batches 2 --trl-checkpointing on --trl-liger on
+    trl=(--trl-checkpointing on --trl-liger on)
+    run 60 train_vs_peers --shape llama-3-8b --mix pair-2x2048 "${cap[@]}" --steps 3 --sides trl --trl-batches 1 "${trl[@]}"
+    run 160 train_vs_peers --shape llama-3-8b --mix ultrafeedback "${cap[@]}" --steps 3 --sides qorpo,trl \
+        --trl-batches 1,2 "${trl[@]}"
 else
     echo "gpu_check: TRL can't be imported; nothing was compared with it" >&2
 fi

@@ -38,14 +38,17 @@ def main() -> None:
     parser.add_argument("--cap-gib", type=gib, help="the card's size; all that is free else")
     add_device_options(parser)
     add_run_options(parser)
-    parser.set_defaults(sides=["qorpo", "trl", "unsloth"])
+    parser.set_defaults(sides=["qorpo", "trl", "unsloth"], pairs_per_step=None, microbatch_tokens=None)
     add_output_option(parser)
     options = parser.parse_args()
     check_device(parser, options.device)
+    mix = MIXES[options.mix]
+    options.pairs_per_step = options.pairs_per_step or mix.pairs_per_step
+    options.microbatch_tokens = options.microbatch_tokens or [mix.microbatch_tokens]
     if options.device == "cpu":
-        options.trl_liger = [False]
+        options.trl_liger = [False]  # its kernels need a GPU
     torch.set_num_threads(options.threads)
-    lengths = draw_lengths(MIXES[options.mix], options.steps * options.pairs_per_step)
+    lengths = draw_lengths(mix, options.steps * options.pairs_per_step)
     pairs = random_pairs(lengths, config_of(options.shape).vocab_size).pairs
     targets = {"speed_over_padding": BEYOND_PADDING}
     if options.mix in AIMS:
