@@ -136,4 +136,5 @@ def cap_card(budget_gib: float | str, device: torch.device) -> None:
     if device.type == "cuda" and not isinstance(budget_gib, str):
         total = torch.cuda.get_device_properties(device).total_memory
         share = (budget_gib * GIB - CONTEXT_BYTES) / total
-        torch.cuda.set_per_process_memory_fraction(min(max(share, 0.0), 1.0), device)
+        # By its number or none: a device that is just "cuda", as accelerate names a single card, is refused.
+        torch.cuda.set_per_process_memory_fraction(min(max(share, 0.0), 1.0), device.index)

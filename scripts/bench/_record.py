@@ -5,6 +5,7 @@ import contextlib
 import ctypes
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
@@ -17,8 +18,10 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "trl", "liger-kernel", "qorpo")
-MIB = 2**20
+PACKAGES = (
+    "torch", "transformers", "peft", "bitsandbytes", "flash-attn", "trl", "liger-kernel", "unsloth", "qorpo",
+)  # fmt: skip
+MIB, GIB = 2**20, 2**30
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # the checkout's own qorpo, installed or not
@@ -47,6 +50,32 @@ def emit(
 
 def add_output_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, metavar="FILE", help="append the JSON lines to this file")
+
+
+def add_device_options(parser: argparse.ArgumentParser) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=["cpu", "cuda"], default=device)
+    parser.add_argument("--threads", type=count, default=2, help="of the processors")
+
+
+def check_device(parser: argparse.ArgumentParser, device: str) -> None:
+    """Ends the program where there is no such device."""
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.error("argument --device: torch sees no CUDA device; nothing was measured")
+
+
+def count(text: str) -> int:
+    """An option's whole number of at least 1."""
+    if (value := int(text)) < 1:
+        raise ValueError
+    return value
+
+
+def gib(text: str) -> float:
+    """An option's size in GiB."""
+    if not 0 < (value := float(text)) < math.inf:
+        raise ValueError
+    return value
 
 
 def version(package: str) -> str | None:
@@ -106,14 +135,18 @@ class ExtraMemory:
             self.before = _peak_of_process()
 
     def figures(self) -> dict[str, Any]:
+        """On CUDA also the most that PyTorch reserved, what was held before included: what a card has to have."""
         if self.device == "cuda":
             peak = torch.cuda.max_memory_allocated()
         else:
             peak = _status_bytes("VmHWM") if self.is_reset else _peak_of_process()
-        return {
+        figures = {
             "extra_memory_mib": round((peak - self.before) / MIB, 1),
             "memory_peak_was_reset": self.is_reset,
         }
+        if self.device == "cuda":
+            figures["peak_gib"] = round(torch.cuda.max_memory_reserved() / GIB, 3)
+        return figures
 
 
 def _status_bytes(name: str) -> int:

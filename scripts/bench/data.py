@@ -2,10 +2,10 @@
 
     python scripts/bench/data.py --tokenizer demo
 
-The pairs are generated: 61,000 of them, as many as UltraFeedback binarized has, of about its lengths (medians of 75
-prompt tokens, 300 chosen and 240 rejected; log-normal spreads), in words drawn from qorpo's demo. Each time runs in a
-process of its own, with the tokenizer loaded before the clock starts; memory is the most that the process and its
-children hold together, libraries included, looked at twice a second. A JSON line each.
+The pairs are generated: 61,000 of them, as many as UltraFeedback binarized has, of about its lengths (`_lengths.py`), in
+words drawn from qorpo's demo. Each time runs in a process of its own, with the tokenizer loaded before the clock starts;
+memory is the most that the process and its children hold together, libraries included, looked at twice a second. A JSON
+line each.
 """
 
 import argparse
@@ -21,13 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from _lengths import MIXES, LogNormal
 from _record import MIB, add_output_option, emit
 
 from qorpo.data.sources import DEMO_FOLDER
 
 TARGETS = {"first": {"seconds": 90, "peak_memory_mib": 1536}, "second": {"seconds": 2}}
-# (median tokens, spread of their logarithm) of prompt, chosen, rejected.
-LENGTHS = ((75, 1.1), (300, 0.7), (240, 0.8))
 
 
 def main() -> None:
@@ -57,13 +56,12 @@ def generate(path: Path, count: int, tokenizer_name: str) -> None:
     words_per_token = len(words) / len(load_tokenizer(tokenizer_name)(" ".join(words))["input_ids"])
     draw = random.Random(0)
 
-    def text(median: int, spread: float) -> str:
-        tokens = min(draw.lognormvariate(0, spread) * median, 4000)
-        return " ".join(draw.choices(words, k=max(1, round(tokens * words_per_token))))
+    def text(length: LogNormal) -> str:
+        return " ".join(draw.choices(words, k=max(1, round(length.draw(draw) * words_per_token))))
 
     with path.open("w", encoding="utf-8") as file:
         for _ in range(count):
-            prompt, chosen, rejected = (text(*each) for each in LENGTHS)
+            prompt, chosen, rejected = map(text, MIXES["ultrafeedback"][:3])
             file.write(json.dumps({"prompt": prompt, "chosen": chosen, "rejected": rejected}) + "\n")
 
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# What qorpo does on a CUDA GPU: its GPU tests, a QLoRA run of an 8B shape in 24 GiB, its losses against the CPU's, and
-# its output head against plain PyTorch and Liger. About ten minutes, no network; a JSON line a result.
+# What qorpo does on a CUDA GPU: its GPU tests, its losses against the CPU's, steps of an 8B shape (one pair of 2 × 2,048
+# tokens on a card of 10 GiB, rows of 8,192 tokens), its output head against plain PyTorch and Liger, and training beside
+# TRL where that can be imported. Under ten minutes, no network; a JSON line a result.
 #
 #   bash scripts/bench/gpu_check.sh [--wheels DIR] [--cap-gib 24] [--output FILE]
 #
@@ -10,11 +11,12 @@ set -uo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 python=${PYTHON:-python3}
 
-wheels= check_options=()
+wheels= output=() cap=(--cap-gib 24)
 while (($#)); do
     case $1 in
         --wheels) wheels=${2:?--wheels needs a folder}; shift 2 ;;
-        --cap-gib | --output) check_options+=("$1" "${2:?$1 needs a value}"); shift 2 ;;
+        --cap-gib) cap=("$1" "${2:?$1 needs a value}"); shift 2 ;;
+        --output) output=("$1" "${2:?$1 needs a value}"); shift 2 ;;
         *) echo "usage: bash scripts/bench/gpu_check.sh [--wheels DIR] [--cap-gib 24] [--output FILE]" >&2; exit 64 ;;
     esac
 done
@@ -62,9 +64,22 @@ fi
 
 failed=0
 # Each in a process of its own, so that none fails for the memory or the crash of another.
-for part_and_seconds in train:180 tests:150 losses:90 head:180; do
-    part=${part_and_seconds%:*} seconds=${part_and_seconds#*:}
-    timeout "$seconds" "$python" "$root/scripts/bench/gpu_check.py" --part "$part" \
-        ${check_options[@]+"${check_options[@]}"} || { echo "gpu_check: $part failed" >&2; failed=1; }
-done
+run() {
+    local seconds=$1 script=$2; shift 2
+    timeout "$seconds" "$python" "$root/scripts/bench/$script.py" "$@" --device cuda ${output[@]+"${output[@]}"} ||
+        { echo "gpu_check: $script $* failed" >&2; failed=1; }
+}
+run 120 gpu_check --part tests
+run 50 gpu_check --part losses
+run 60 step --shape llama-3-8b --mix pair-2x2048 --cap-gib 10
+run 60 step --shape llama-3-8b --mix packed-8192 "${cap[@]}"
+run 80 head --tokens 4096 --hidden 4096 --vocab 128256 --dtype bfloat16 --chunk-tokens 512
+if "$python" -c 'import datasets, trl' 2>/dev/null; then
+    trl=(--trl-checkpointing on --trl-liger on)
+    run 60 train_vs_peers --shape llama-3-8b --mix pair-2x2048 "${cap[@]}" --steps 3 --sides trl --trl-batches 1 "${trl[@]}"
+    run 160 train_vs_peers --shape llama-3-8b --mix ultrafeedback "${cap[@]}" --steps 3 --sides qorpo,trl \
+        --trl-batches 1,2 "${trl[@]}"
+else
+    echo "gpu_check: TRL can't be imported; nothing was compared with it" >&2
+fi
 exit "$failed"

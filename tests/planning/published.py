@@ -6,7 +6,8 @@ from pathlib import Path
 from transformers import PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-PUBLISHED = json.loads((Path(__file__).parent / "published_configs.json").read_text(encoding="utf-8"))
+CONFIGS = Path(__file__).parents[2] / "configs"
+PUBLISHED = json.loads((CONFIGS / "published.json").read_text(encoding="utf-8"))
 
 
 def published_config(path: str) -> PretrainedConfig:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import changed
+from torch.cuda._utils import _get_device_index
 
 import qorpo
 from qorpo import Trainer, load_pairs
@@ -93,7 +94,8 @@ class Card:
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: self)
         monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", self.cap)
 
-    def cap(self, fraction, device):
+    def cap(self, fraction, device=None):
+        assert device is None or _get_device_index(device) == 0  # as the real one looks for its card
         self.fraction = fraction
 
 
@@ -114,8 +116,10 @@ def test_a_card_is_capped_at_the_budget(monkeypatch, budget, fraction):
     card = Card(monkeypatch)
     auto.cap_card(budget, torch.device("cpu"))
     assert card.fraction is None
-    auto.cap_card(budget, torch.device("cuda"))
-    assert card.fraction == (fraction if fraction is None else pytest.approx(fraction))
+    for device in ("cuda", "cuda:0"):
+        card.fraction = None
+        auto.cap_card(budget, torch.device(device))
+        assert card.fraction == (fraction if fraction is None else pytest.approx(fraction))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="CUDA's allocator has no expandable segments elsewhere")
