@@ -138,16 +138,38 @@ def this_process() -> PartialState:
     """accelerate's account of this process among those that torchrun started.
 
     Raises:
-        RunError: where it takes one of several for one alone: all of them would write the same run.
+        RunError: where they can't find each other, or it takes one of several for one alone: all of them would write
+            the same run.
     """
-    state = PartialState(cpu=not torch.cuda.is_available())  # without the word it sees no others on the CPU
-    started = int(os.environ.get("WORLD_SIZE", "1"))
+    started, here = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if torch.cuda.is_available() and here > torch.cuda.device_count():
+        raise RunError(
+            f"{here} processes were started on this machine, which has {torch.cuda.device_count()} GPUs; "
+            "start one for each (--nproc-per-node gpu)"
+        )
+    try:
+        state = PartialState(
+            cpu=not torch.cuda.is_available()
+        )  # without the word it sees no others on the CPU
+    except RuntimeError as error:
+        raise RunError(_why_not_joined(str(error).splitlines()[0], started)) from error
     if state.num_processes != started:
         raise RunError(
             f"{started} processes were started (WORLD_SIZE), but {state.num_processes} found each other; start qorpo by "
             "torchrun or accelerate launch, or without WORLD_SIZE in the environment"
         )
     return state
+
+
+def _why_not_joined(reason: str, started: int) -> str:
+    where = f"{os.environ.get('MASTER_ADDR', 'localhost')}:{os.environ.get('MASTER_PORT', '29500')}"
+    if "EADDRINUSE" in reason:
+        remedy = "another run has this port; give another (MASTER_PORT, or torchrun's --rdzv-endpoint)"
+    elif "NCCL" in reason and not dist.is_nccl_available():
+        remedy = "this PyTorch has no NCCL, by which GPUs talk; install its CUDA build for Linux"
+    else:
+        remedy = "start all of them with the same address, port and WORLD_SIZE"
+    return f"{started} processes could not join at {where}: {remedy} ({reason})"
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -16,9 +17,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaC
 
 from qorpo.data.pack import PairLengths, row_tokens
 from qorpo.data.tokenize import TokenizedPair
+from qorpo.errors import RunError
 from qorpo.planning.step_memory import StepShape, step_memory
 from qorpo.recipe import load_recipe, resolve
-from qorpo.training.distributed import Ranks, shares
+from qorpo.training import distributed
+from qorpo.training.distributed import Ranks, shares, this_process
 from qorpo.training.export import export_model
 
 pytestmark = pytest.mark.distributed
@@ -239,6 +242,46 @@ def test_misuse_is_one_message_from_one_rank(job, tmp_path, arguments, ranks, sa
     assert done.returncode != 0
     assert done.stderr.count(said) == 1, done.stderr[-3000:]
     assert not (tmp_path / "run").exists()
+
+
+def test_a_port_in_use_is_one_message(job, tmp_path):
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(changed(job["recipe"], output=str(tmp_path / "run"))))
+    with socket.socket() as taken:
+        taken.bind(("localhost", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        alone = {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": port,
+        }
+        done = subprocess.run(
+            [sys.executable, "-m", "qorpo", "train", str(tmp_path / "r.yaml")], cwd=HERE.parents[1],
+            env={**os.environ, **alone, "PYTHONPATH": str(HERE.parents[1])}, capture_output=True, text=True, timeout=120,
+            check=False,
+        )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert f"2 processes could not join at localhost:{port}: another run has this port" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_what_keeps_ranks_from_joining_is_said(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(RunError, match="4 processes were started on this machine, which has 2 GPUs"):
+        this_process()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+
+    def no_nccl(**options):
+        raise RuntimeError("Distributed package doesn't have NCCL built in")
+
+    monkeypatch.setattr(distributed, "PartialState", no_nccl)
+    monkeypatch.setattr(distributed.dist, "is_nccl_available", lambda: False)
+    with pytest.raises(RunError, match="this PyTorch has no NCCL"):
+        this_process()
 
 
 @pytest.mark.slow
