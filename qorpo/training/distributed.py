@@ -5,6 +5,7 @@ share, and all take the same number of micro-batches, since a sharded forward ne
 """
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -28,6 +29,8 @@ from qorpo.data.tokenize import TokenizedPair
 from qorpo.errors import RunError
 from qorpo.model.recompute import decoder_layers
 from qorpo.recipe import Recipe, load_recipe
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +87,7 @@ def make_accelerator(
     Raises:
         RunError: where several ranks were to shard and would not.
     """
+    ignore_launchers_settings()
     # A model that is to be sharded waits in host memory, wherever it will be.
     options["cpu"] = model.device.type == "cpu" and (sharding == "none" or not torch.cuda.is_available())
     state = PartialState(cpu=options["cpu"])
@@ -134,6 +138,26 @@ def ranks_of(accelerator: Accelerator, scorer: Any) -> Ranks:
     )
 
 
+def ignore_launchers_settings() -> None:
+    """The recipe says how to train: what `accelerate launch` would have, it hands down in the environment, where it
+    wins over arguments (the loss would be divided by its accumulation steps, for one).
+    """
+    found = {
+        name: os.environ.pop(name)
+        for name in list(os.environ)
+        if (
+            name.startswith(("ACCELERATE_USE_", "ACCELERATE_DYNAMO_", "FSDP_"))
+            and name != "ACCELERATE_USE_CPU"
+        )
+        or name in ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
+    }
+    meant = sorted(name for name, value in found.items() if value.lower() not in ("false", "no", "1"))
+    if meant:
+        logger.warning(
+            "left out, since the recipe says how to train: %s of the environment", ", ".join(meant)
+        )
+
+
 def this_process() -> PartialState:
     """accelerate's account of this process among those that torchrun started.
 
@@ -141,6 +165,7 @@ def this_process() -> PartialState:
         RunError: where they can't find each other, or it takes one of several for one alone: all of them would write
             the same run.
     """
+    ignore_launchers_settings()
     started, here = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     if torch.cuda.is_available() and here > torch.cuda.device_count():
         raise RunError(

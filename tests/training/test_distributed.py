@@ -7,10 +7,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from tiny import changed, read_metrics, short_recipe
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
@@ -265,6 +267,19 @@ def test_a_port_in_use_is_one_message(job, tmp_path):
     assert done.returncode == 2, done.stderr
     assert f"2 processes could not join at localhost:{port}: another run has this port" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_what_accelerate_launch_was_told_changes_no_step(monkeypatch, caplog):
+    for name, value in {
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4", "ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_USE_FSDP": "true",
+        "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR", "FSDP_OFFLOAD_PARAMS": "true",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    accelerator = distributed.make_accelerator("none", SimpleNamespace(device=torch.device("cpu")), None)
+    assert accelerator.gradient_accumulation_steps == 1
+    assert accelerator.mixed_precision == "no"
+    assert accelerator.distributed_type is DistributedType.NO
+    assert "ACCELERATE_GRADIENT_ACCUMULATION_STEPS" in caplog.text
 
 
 def test_what_keeps_ranks_from_joining_is_said(monkeypatch):
