@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -25,29 +26,31 @@ from qorpo.recipe import load_recipe, resolve
 from qorpo.training import distributed
 from qorpo.training.distributed import Ranks, shares, this_process
 from qorpo.training.export import export_model
+from qorpo.training.loop import Trainer
 
 pytestmark = pytest.mark.distributed
 HERE = Path(__file__).parent
 
 
-def start(job, ranks, folder):
-    path = folder / f"job-{time.monotonic_ns()}.json"
-    path.write_text(json.dumps(job))
+def start(jobs, ranks, folder):
+    path = folder / f"jobs-{time.monotonic_ns()}.json"
+    path.write_text(json.dumps(jobs))
     launcher = (
         ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1])}
     return subprocess.run(
         [sys.executable, *launcher, str(HERE / "ranks.py"), str(path)],
-        cwd=HERE.parents[1], env=environment, capture_output=True, text=True, timeout=240, check=False,
+        cwd=HERE.parents[1], env=environment, capture_output=True, text=True, timeout=400, check=False,
     )  # fmt: skip
 
 
-def seen(job, ranks, folder):
-    output = folder / f"seen-{time.monotonic_ns()}.pt"
-    done = start({**job, "output": str(output)}, ranks, folder)
+def seen(jobs, ranks, folder):
+    """What the main rank of so many saw of each job, by its name; starting processes takes longer than what they do."""
+    outputs = {name: str(folder / f"seen-{time.monotonic_ns()}.pt") for name in jobs}
+    done = start([{**job, "output": outputs[name]} for name, job in jobs.items()], ranks, folder)
     assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(output)
+    return {name: torch.load(output) for name, output in outputs.items()}
 
 
 def test_ranks_take_the_same_number_of_rows_and_every_pair_once():
@@ -76,88 +79,116 @@ def job(base, pairs_file, tmp_path_factory):
 
 
 def run(job, folder, name, **changes):
-    options = {key: changes.pop(key) for key in ("dtype", "sgd", "kill", "resume") if key in changes}
+    own = ("dtype", "sgd", "kill", "resume", "profile", "per_node")
+    options = {key: changes.pop(key) for key in own if key in changes}
     return {**job, **options, "recipe": changed(job["recipe"], output=str(folder / name), **changes)}
 
 
 PLAIN = {"dtype": "float64", "sgd": True, "train__learning_rate": 0.05}
+LIKE_ON_A_CLUSTER = {
+    "train__max_steps": 3, "train__save_every": 3, "train__learning_rate": 0.01,
+    "model__attention": "sdpa",  # or it would not be said that the packed layout reached no layer
+}  # fmt: skip
+# Rows of one pair each are the same rows wherever they are computed: the precision of 4 bits plays no part.
+IN_4_BITS = {
+    "tuning": "lora", "model__quantization": "nf4", "memory__microbatch_tokens": 1, "train__max_steps": 6,
+    "train__save_every": 2, "train__learning_rate": 1e-3, "train__eval_every": 100, "model__attention": "sdpa",
+}  # fmt: skip
+KILLED = {"dtype": "float32", "train__max_steps": 12, "train__save_every": 2, "train__eval_every": 100}
 
 
-@pytest.fixture(scope="module", params=["full", "lora"])
-def one(request, job, tmp_path_factory):
-    folder = tmp_path_factory.mktemp(request.param)
-    return request.param, seen(run(job, folder, "one", tuning=request.param, **PLAIN), 1, folder)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def alone(job, folder):
+    jobs = {tuning: run(job, folder, f"alone-{tuning}", tuning=tuning, **PLAIN) for tuning in TUNINGS}
+    jobs["like on a cluster"] = run(job, folder, "alone", **LIKE_ON_A_CLUSTER)
+    jobs["in 4 bits"] = run(job, folder, "alone-4-bits", **IN_4_BITS)
+    jobs["not killed"] = run(job, folder, "not-killed", **KILLED)
+    return seen(jobs, 1, folder)
+
+
+TUNINGS = ["full", "lora"]
+# Ranks, most tokens a row, sharding, and over how many ranks.
+SETTINGS = [(2, 10_000, "auto", 2), (4, 60, "auto", 4), (4, 10_000, "hybrid", 2)]
+
+
+@pytest.fixture(scope="module")
+def together(job, bigger, folder):
+    """Every run of two ranks, and every one of four, by their settings."""
+    found = {}
+    for count in (2, 4):
+        jobs = {}
+        for tuning in TUNINGS:
+            for ranks, tokens, sharding, shards in SETTINGS:
+                if ranks == count:
+                    changes = {
+                        "tuning": tuning,
+                        "memory__microbatch_tokens": tokens,
+                        "memory__sharding": sharding,
+                    }
+                    name = f"{tuning}-{ranks}-{sharding}"
+                    jobs[name] = run(job, folder, name, per_node=shards, **changes, **PLAIN)
+        if count == 2:
+            jobs["like on a cluster"] = run(job, folder, "run", **LIKE_ON_A_CLUSTER)
+            jobs |= {f"memory-{tuning}": bigger[tuning] for tuning in TUNINGS}
+        found |= seen(jobs, count, folder)
+    return found
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "microbatch_tokens"), [(2, 10_000), (4, 60)])
-def test_several_ranks_train_as_one(job, one, tmp_path, ranks, microbatch_tokens):
-    tuning, alone = one
-    changes = {"tuning": tuning, "memory__microbatch_tokens": microbatch_tokens, **PLAIN}
-    together = seen(run(job, tmp_path, "together", **changes), ranks, tmp_path)
-    assert len(alone["gradients"]) == len(together["gradients"]) == 20
-    for mine, theirs in zip(alone["gradients"], together["gradients"], strict=True):
+@pytest.mark.parametrize("tuning", TUNINGS)
+@pytest.mark.parametrize(("ranks", "microbatch_tokens", "sharding", "shards"), SETTINGS)
+def test_several_ranks_train_as_one(alone, together, tuning, ranks, microbatch_tokens, sharding, shards):
+    one, several = alone[tuning], together[f"{tuning}-{ranks}-{sharding}"]
+    assert len(one["gradients"]) == len(several["gradients"]) == 20
+    for mine, theirs in zip(one["gradients"], several["gradients"], strict=True):
         for gradient, other in zip(mine, theirs, strict=True):
             assert (gradient - other).norm() <= 1e-6 * gradient.norm() + 1e-12
-    assert together["losses"] == pytest.approx(alone["losses"], rel=1e-5)
-    for weight, other in zip(alone["weights"], together["weights"], strict=True):
+    assert several["losses"] == pytest.approx(one["losses"], rel=1e-5)
+    for weight, other in zip(one["weights"], several["weights"], strict=True):
         assert (weight - other).norm() <= 1e-5 * weight.norm()
-    if tuning == "full":
-        for kind in ("parameters", "gradients"):
-            assert together["bytes"][kind] == pytest.approx(alone["bytes"][kind] / ranks, rel=0.1)
+    is_sharded = tuning == "full" or sharding != "auto"
+    for kind in ("parameters", "gradients"):
+        share = one["bytes"][kind] / (shards if is_sharded else 1)
+        assert several["bytes"][kind] == pytest.approx(share, rel=0.1)
 
 
-@pytest.mark.slow
-def test_a_base_in_4_bits_is_sharded_and_its_adapters_saved_whole(job, tmp_path):
-    """Rows of one pair each are the same rows wherever they are computed, so the precision of 4 bits plays no part."""
-    changes = {
-        "tuning": "lora", "model__quantization": "nf4", "memory__microbatch_tokens": 1, "train__max_steps": 6,
-        "train__save_every": 2, "train__learning_rate": 1e-3, "train__eval_every": 100, "model__attention": "sdpa",
-    }  # fmt: skip
-    alone = seen(run(job, tmp_path, "alone", **changes), 1, tmp_path)
-    changes["memory__sharding"] = "full"
-    killed = start(run(job, tmp_path, "sharded", kill=(1, 3), **changes), 2, tmp_path)
-    assert killed.returncode != 0
-    sharded = seen(run(job, tmp_path, "sharded", resume=True, **changes), 2, tmp_path)
-    assert sharded["losses"] == pytest.approx(alone["losses"][2:], rel=1e-3)
-    for kind in ("base", "parameters", "gradients", "optimizer"):
-        assert sharded["bytes"][kind] == pytest.approx(alone["bytes"][kind] / 2, rel=0.1)
-    for weight, other in zip(alone["weights"], sharded["weights"], strict=True):
-        assert (weight - other).norm() <= 1e-2 * weight.norm()
-    adapters = [
-        load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("alone", "sharded")
-    ]
-    assert {name: tensor.shape for name, tensor in adapters[0].items()} == {
-        name: tensor.shape for name, tensor in adapters[1].items()
-    }
-    for name, tensor in adapters[0].items():
-        assert (tensor - adapters[1][name]).norm() <= 1e-2 * tensor.norm(), name
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("tuning", ["full", "lora"])
-def test_a_ranks_memory_is_the_planned_one(job, base, tmp_path, tuning):
-    """accelerate's FSDP2 over gloo, as torch's profiler sees it, against FSDP2 on fake ranks."""
+@pytest.fixture(scope="module")
+def bigger(job, base, folder):
+    """Runs on a base whose step is no rounding error, its memory to be profiled."""
     config = LlamaConfig(
         hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4,
         vocab_size=AutoConfig.from_pretrained(base).vocab_size, max_position_embeddings=2048,
     )  # fmt: skip
-    folder = tmp_path / "base"
-    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-    changes = {
-        "tuning": tuning, "model__path": str(folder), "memory__sharding": "full", "model__attention": "sdpa",
-        "memory__microbatch_tokens": 10_000, "train__max_steps": 3, "train__learning_rate": 1e-3,
-        "model__quantization": "nf4" if tuning == "lora" else "none",
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder / "bigger")
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder / "bigger")
+    quantization = {"full": "none", "lora": "nf4"}
+    return {
+        tuning: run(
+            job, folder, f"memory-{tuning}", tuning=tuning, model__path=str(folder / "bigger"),
+            model__quantization=quantization[tuning], model__attention="sdpa", memory__sharding="full",
+            memory__microbatch_tokens=10_000, train__max_steps=3, train__learning_rate=1e-3, profile=2,
+        )
+        for tuning in TUNINGS
     }  # fmt: skip
-    measured = seen({**run(job, tmp_path, "run", **changes), "profile": 2}, 2, tmp_path)
-    recipe = resolve(load_recipe(run(job, tmp_path, "run", **changes)["recipe"]), device_type="cpu")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tuning", TUNINGS)
+def test_a_ranks_memory_is_the_planned_one(bigger, together, folder, tuning):
+    """accelerate's FSDP2 over gloo, as torch's profiler sees it, against FSDP2 on fake ranks."""
+    measured = together[f"memory-{tuning}"]
+    recipe = resolve(load_recipe(bigger[tuning]["recipe"]), device_type="cpu")
     rows = tuple(PairLengths(*lengths) for lengths in measured["rows"])
     shape = StepShape(
         rows, accumulates=False, attention="sdpa", chunk_tokens=64, recomputed_layers=None, offload=False,
         on_cuda=False, shards=2,
     )  # fmt: skip
-    planned = step_memory(config, recipe, shape).peak
+    planned = step_memory(AutoConfig.from_pretrained(folder / "bigger"), recipe, shape).peak
     # gloo copies what it sums, where NCCL does not: at the peak a layer's gradients.
     layer = 256 * (2 * 256 + 2 * 128) + 3 * 256 * 688
     copied = 4 * layer if tuning == "full" else 0
@@ -167,51 +198,66 @@ def test_a_ranks_memory_is_the_planned_one(job, base, tmp_path, tuning):
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_with_any_number_of_ranks(job, tmp_path):
+def test_a_base_in_4_bits_is_sharded_and_its_adapters_saved_whole(job, alone, folder):
+    one = alone["in 4 bits"]
+    changes = {**IN_4_BITS, "memory__sharding": "full"}
+    assert start([run(job, folder, "4-bits", kill=(1, 3), **changes)], 2, folder).returncode != 0
+    sharded = seen({"": run(job, folder, "4-bits", resume=True, **changes)}, 2, folder)[""]
+    assert sharded["losses"] == pytest.approx(one["losses"][2:], rel=1e-3)
+    for kind in ("base", "parameters", "gradients", "optimizer"):
+        assert sharded["bytes"][kind] == pytest.approx(one["bytes"][kind] / 2, rel=0.1)
+    for weight, other in zip(one["weights"], sharded["weights"], strict=True):
+        assert (weight - other).norm() <= 1e-2 * weight.norm()
+    own, others = (
+        load_file(folder / name / "adapter" / "adapter_model.safetensors")
+        for name in ("alone-4-bits", "4-bits")
+    )
+    assert own.keys() == others.keys()
+    for name, tensor in own.items():
+        assert (tensor - others[name]).norm() <= 1e-2 * tensor.norm(), name
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_with_any_number_of_ranks(job, alone, folder):
     """Killed on two ranks, then on one, finished on four: the losses are those of a run that nothing happened to."""
-    changes = {"dtype": "float32", "train__max_steps": 12, "train__save_every": 2, "train__eval_every": 100}
-    whole = seen(run(job, tmp_path, "whole", **changes), 1, tmp_path)
+    one = alone["not killed"]
     started = time.monotonic()
-    killed = start(run(job, tmp_path, "killed", kill=(1, 5), **changes), 2, tmp_path)
+    killed = start([run(job, folder, "killed", kill=(1, 5), **KILLED)], 2, folder)
     assert killed.returncode != 0
     assert time.monotonic() - started < 60
     assert "SIGKILL" in killed.stderr
-    assert (
-        start(run(job, tmp_path, "killed", kill=(0, 7), resume=True, **changes), 1, tmp_path).returncode == -9
-    )
-    resumed = seen(run(job, tmp_path, "killed", resume=True, **changes), 4, tmp_path)
+    again = start([run(job, folder, "killed", kill=(0, 7), resume=True, **KILLED)], 1, folder)
+    assert again.returncode == -signal.SIGKILL
+    resumed = seen({"": run(job, folder, "killed", resume=True, **KILLED)}, 4, folder)[""]
     for kind in ("parameters", "gradients", "optimizer"):
-        assert resumed["bytes"][kind] == pytest.approx(whole["bytes"][kind] / 4, rel=0.1)
-    rows = read_metrics(tmp_path / "killed")
+        assert resumed["bytes"][kind] == pytest.approx(one["bytes"][kind] / 4, rel=0.1)
+    rows = read_metrics(folder / "killed")
     assert [row["step"] for row in rows] == list(range(1, 13))
-    assert [row["loss"] for row in rows] == pytest.approx(whole["losses"], rel=1e-4)
-    for weight, other in zip(whole["weights"], resumed["weights"], strict=True):
+    assert [row["loss"] for row in rows] == pytest.approx(one["losses"], rel=1e-4)
+    for weight, other in zip(one["weights"], resumed["weights"], strict=True):
         assert (weight - other).norm() <= 1e-3 * weight.norm()
 
 
 @pytest.mark.slow
-def test_the_model_that_ranks_leave_opens_in_plain_transformers(job, tmp_path):
+def test_the_model_that_ranks_leave_opens_in_plain_transformers(alone, together, folder, tmp_path):
     """bfloat16 in forward over float32 masters, the main rank alone with weights: as on a cluster."""
-    changes = {"train__max_steps": 3, "train__save_every": 3, "train__learning_rate": 0.01}
-    changes["model__attention"] = "sdpa"  # or it would not be said that the layout reached no layer
-    ranks = seen(run(job, tmp_path, "run", **changes), 2, tmp_path)
-    folder = tmp_path / "run" / "model"
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    ranks = together["like on a cluster"]
+    model = AutoModelForCausalLM.from_pretrained(folder / "run" / "model")
     assert model.dtype == torch.bfloat16
     loaded = dict(model.named_parameters())
     assert len(loaded) == len(ranks["weights"])
     for parameter, weight in zip(loaded.values(), ranks["weights"], strict=True):
         assert weight.dtype == torch.float32
         assert torch.equal(parameter, weight.bfloat16())
-    assert AutoTokenizer.from_pretrained(folder).chat_template
-    alone = seen(run(job, tmp_path, "alone", **changes), 1, tmp_path)
-    assert ranks["losses"] == pytest.approx(alone["losses"], rel=0.02)
+    assert AutoTokenizer.from_pretrained(folder / "run" / "model").chat_template
+    assert ranks["losses"] == pytest.approx(alone["like on a cluster"]["losses"], rel=0.02)
     # What was left sharded gives the same folder again.
-    checkpoint = tmp_path / "run" / "checkpoints" / "step-3"
+    checkpoint = folder / "run" / "checkpoints" / "step-3"
     assert sorted(path.name for path in checkpoint.iterdir()) == ["schedule.pt", "shards", "state.json"]
-    export_model(tmp_path / "run", tmp_path / "exported")
+    export_model(folder / "run", tmp_path / "exported")
     for name in ("model.safetensors", "config.json", "tokenizer.json", "generation_config.json"):
-        assert (tmp_path / "exported" / name).read_bytes() == (folder / name).read_bytes(), name
+        written = (folder / "run" / "model" / name).read_bytes()
+        assert (tmp_path / "exported" / name).read_bytes() == written, name
     export_model(checkpoint, tmp_path / "masters", dtype="float32")
     masters = dict(
         AutoModelForCausalLM.from_pretrained(tmp_path / "masters", dtype="auto").named_parameters()
@@ -221,29 +267,38 @@ def test_the_model_that_ranks_leave_opens_in_plain_transformers(job, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("arguments", "ranks", "said"),
+    ("arguments", "said"),
     [
-        (["--full", "model.quantization=nf4"], 2, "model.quantization: nf4 weights can't be trained; leave out --full"),
-        (["train.pairs_per_step=1"], 2, "1 pairs can't be shared by 2 processes"),
-        (["--full"], 2, "memory.sharding: full would be left out without a word by accelerate on cpu"),
-        (["memory.sharding=full", "train.optimizer=paged_adamw_8bit"], 2, "would be left out without a word"),
+        (["--full", "model.quantization=nf4"], "model.quantization: nf4 weights can't be trained; leave out --full"),
+        (["--full"], "memory.sharding: full would be left out without a word by accelerate on cpu"),
     ],
 )  # fmt: skip
-def test_misuse_is_one_message_from_one_rank(job, tmp_path, arguments, ranks, said):
+def test_misuse_is_one_message_from_one_rank(job, tmp_path, arguments, said):
     recipe = changed(job["recipe"], tuning="lora", output=str(tmp_path / "run"))
     recipe["model"].pop("quantization")
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    )
     done = subprocess.run(
-        [sys.executable, *launcher, "-m", "qorpo", "train", str(tmp_path / "r.yaml"), *arguments],
-        cwd=HERE.parents[1], env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1])}, capture_output=True, text=True, timeout=120,
-        check=False,
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         "-m", "qorpo", "train", str(tmp_path / "r.yaml"), *arguments],
+        cwd=HERE.parents[1], env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1])},
+        capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode != 0
     assert done.stderr.count(said) == 1, done.stderr[-3000:]
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "sharded", "said"),
+    [
+        ({"train__pairs_per_step": 1}, False, "1 pairs can't be shared by 2 processes"),
+        ({"train__optimizer": "adamw_8bit"}, True, "adamw_8bit can't work on sharded parameters"),
+    ],
+)
+def test_what_ranks_can_not_do(job, tmp_path, changes, sharded, said):
+    trainer = SimpleNamespace(accelerator=SimpleNamespace(num_processes=2), is_sharded=sharded)
+    with pytest.raises(RunError, match=said):
+        Trainer._check_ranks(trainer, load_recipe(changed(job["recipe"], **changes)))
 
 
 def test_a_port_in_use_is_one_message(job, tmp_path):
