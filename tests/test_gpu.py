@@ -4,6 +4,8 @@ Error budgets are against float64: a kernel in bfloat16 may be off by 1.5 times 
 """
 
 import importlib.util
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,11 +16,16 @@ from qorpo.data.tokenize import TokenizedPair
 from qorpo.errors import ModelError
 from qorpo.model.adapters import attach_lora
 from qorpo.model.attention import PackedLayout, dense_mask, packed_attention
+from qorpo.model.liger import apply_liger
 from qorpo.model.load import load_model
+from qorpo.model.scoring import PairScorer
 from qorpo.model.selfcheck import make_scorer
 from qorpo.ops.log_probs import token_logps, token_logps_plain
 from qorpo.recipe import load_recipe
 from qorpo.training.optim import load_optimizer_state, make_optimizer
+
+sys.path.insert(0, str(Path(__file__).parent / "model"))
+import architectures
 
 pytestmark = [
     pytest.mark.gpu,
@@ -188,6 +195,32 @@ def test_a_model_scores_the_same_by_every_kernel(base_folder, pairs, kernel):
     assert (logps["sdpa"] - logps[kernel]).abs().mean().item() < 0.05
 
 
+# --- liger's modules ---
+
+LIGER = ["llama", "mistral-window", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "granite", "olmo2"]
+
+
+@pytest.mark.parametrize("name", LIGER)
+def test_ligers_modules_are_as_exact_as_the_models_own(name):
+    pytest.importorskip("liger_kernel")
+    packed = pack_pairs([TokenizedPair((5, 6, 7) * 9, (8, 9) * 20, (10, 11, 12), "row")] * 3).to(DEVICE)
+
+    def logps_and_gradients(dtype, liger):
+        model = architectures.build(name).to(DEVICE, dtype)
+        assert apply_liger(model, liger) is liger
+        scorer = PairScorer(model, "sdpa")
+        with scorer.attending():
+            logps = scorer(packed)
+            logps.double().square().mean().backward()
+        return [logps.detach(), torch.cat([weight.grad.flatten().double() for weight in model.parameters()])]
+
+    exact = logps_and_gradients(torch.float64, False)
+    own = errors(logps_and_gradients(torch.bfloat16, False), exact)
+    fused = errors(logps_and_gradients(torch.bfloat16, True), exact)
+    for what, error, own_error in zip(("logps", "gradients"), fused, own, strict=True):
+        assert error <= BUDGET * own_error, f"{what}: {error:.2e}, the model's own modules {own_error:.2e}"
+
+
 # --- the head ---
 
 
@@ -275,8 +308,11 @@ MIDDLING = {
 }  # fmt: skip
 
 
-def middling_trainer(tmp_path, **memory):
-    """A Trainer of a random model of 150 M parameters, on four pairs of 600, 700 and 700 tokens."""
+def middling_trainer(tmp_path, liger=False, **memory):
+    """A Trainer of a random model of 150 M parameters, on four pairs of 600, 700 and 700 tokens.
+
+    Its modules are its own by default: those are what a plan counts.
+    """
     from tiny import make_tokenizer
 
     from qorpo.data.records import DataReport
@@ -293,7 +329,7 @@ def middling_trainer(tmp_path, **memory):
     pairs = [TokenizedPair(tokens(600), tokens(700), tokens(700), f"random:{line}") for line in range(4)]
     recipe = load_recipe(
         {
-            "model": {"path": "random", "quantization": "none"}, "data": {"train": "random"},
+            "model": {"path": "random", "quantization": "none", "liger": liger}, "data": {"train": "random"},
             "train": {"pairs_per_step": 4, "max_steps": 3, "report_to": [], "save_every": 100},
             "memory": memory, "output": str(tmp_path / "run"),
         }
@@ -320,6 +356,20 @@ def test_the_planned_memory_is_what_is_reserved(tmp_path, checkpointing, microba
     trainer.train()
     planned = planned_bytes(trainer.recipe, trainer.model, PairLengths(600, 700, 700))
     assert planned == pytest.approx(torch.cuda.max_memory_reserved(), rel=0.1)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_with_liger_no_more_is_reserved_than_planned(tmp_path, checkpointing):
+    from qorpo.data.pack import PairLengths
+    from qorpo.planning.auto import planned_bytes
+
+    pytest.importorskip("liger_kernel")
+    fresh_card()
+    memory = {"microbatch_tokens": 8000, "activation_checkpointing": checkpointing}
+    trainer = middling_trainer(tmp_path, liger=True, **memory)
+    trainer.train()
+    planned = planned_bytes(trainer.recipe, trainer.model, PairLengths(600, 700, 700))
+    assert torch.cuda.max_memory_reserved() <= 1.05 * planned
 
 
 def test_offload_changes_no_loss_and_no_gradient_and_takes_the_inputs_off_the_card(tmp_path):
