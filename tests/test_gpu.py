@@ -372,6 +372,32 @@ def test_with_liger_no_more_is_reserved_than_planned(tmp_path, checkpointing):
     assert torch.cuda.max_memory_reserved() <= 1.05 * planned
 
 
+def test_no_step_waits_for_the_device_but_in_the_optimizer(tmp_path, monkeypatch):
+    """What waits: bitsandbytes' paged optimizer, once for each tensor that trains and once at its end."""
+    import bitsandbytes.optim.optimizer as bnb
+
+    fresh_card()
+    trainer = middling_trainer(tmp_path, liger="auto", microbatch_tokens=4000, activation_checkpointing=6)
+    trainer.train()  # kernels are compiled, workspaces are there
+    waits = []
+    wait = bnb.sync_gpu
+    monkeypatch.setattr(
+        bnb, "sync_gpu", lambda tensor: (waits.append("bitsandbytes: sync_gpu"), wait(tensor))
+    )
+    trainer.model.train()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        means = trainer._within_memory(trainer.pairs_of_step(0), trainer.accelerator.backward, seed=0)
+        norm = trainer.accelerator.clip_grad_norm_(trainer.trained, 1.0)
+        assert waits == []
+        trainer.optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(waits) == len(trainer.trained) + 1
+    assert torch.isfinite(means["loss"])
+    assert torch.isfinite(norm)
+
+
 def test_offload_changes_no_loss_and_no_gradient_and_takes_the_inputs_off_the_card(tmp_path):
     from qorpo.training.step import run_step
 

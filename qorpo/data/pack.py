@@ -35,7 +35,14 @@ class PackedPairs:
 
     def to(self, device: torch.device) -> "PackedPairs":
         names = ("input_ids", "position_ids", "predictors", "targets", "sides")
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
+        return replace(self, **{name: moved(getattr(self, name), device) for name in names})
+
+
+def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host on `device`. The host doesn't wait, and pinned memory is copied beside what a GPU computes."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()  # kept by PyTorch until the copy is done
+    return tensor.to(device, non_blocking=True)
 
 
 def row_tokens(pair: TokenizedPair) -> int:
