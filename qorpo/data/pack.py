@@ -6,7 +6,7 @@ prompt's last token predicts the first token of both responses. What may attend 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -35,7 +35,8 @@ class PackedPairs:
 
     def to(self, device: torch.device) -> "PackedPairs":
         names = ("input_ids", "position_ids", "predictors", "targets", "sides")
-        return replace(self, **{name: moved(getattr(self, name), device) for name in names})
+        tensors: dict[str, Any] = {name: moved(getattr(self, name), device) for name in names}
+        return replace(self, **tensors)
 
 
 def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

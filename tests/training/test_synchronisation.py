@@ -59,12 +59,11 @@ def pairs():
 
 def waits_of_a_step(model, mode, **objective):
     scorer = PairScorer(model, mode, chunk_tokens=7)
-    with scorer.attending():
-        with Waits() as waits:
-            means = run_step(
-                scorer.train(), pairs(), ObjectiveRecipe(**objective), microbatch_tokens=40, device=CPU,
-                backward=torch.Tensor.backward,
-            )  # fmt: skip
+    with scorer.attending(), Waits() as waits:
+        means = run_step(
+            scorer.train(), pairs(), ObjectiveRecipe(**objective), microbatch_tokens=40, device=CPU,
+            backward=torch.Tensor.backward,
+        )  # fmt: skip
     assert torch.isfinite(means["loss"])
     return waits.found
 
