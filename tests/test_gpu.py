@@ -52,13 +52,20 @@ ROW = ((37, 21, 30), (5, 64, 1), (1, 3, 5), (130, 3, 70))
 
 
 def truth(
-    packed: PackedPairs, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None
+    packed: PackedPairs,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    window: int | None,
+    softcap: float | None,
 ) -> torch.Tensor:
     """(1, T, heads, D) in float64, by the dense mask, written out."""
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-    scores = query @ key.mT * query.shape[-1] ** -0.5 + dense_mask(packed, torch.float64, window)
-    return (scores.softmax(-1) @ value).transpose(1, 2)
+    scores = query @ key.mT * query.shape[-1] ** -0.5
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    return ((scores + dense_mask(packed, torch.float64, window)).softmax(-1) @ value).transpose(1, 2)
 
 
 def output_and_gradients(attend, upstream, *inputs) -> list[torch.Tensor]:
@@ -75,7 +82,8 @@ def errors(found: list[torch.Tensor], exact: list[torch.Tensor]) -> list[float]:
 @pytest.mark.parametrize("window", [None, 16])
 @pytest.mark.parametrize(("heads", "key_heads"), [(8, 8), (8, 2)])
 @pytest.mark.parametrize("head_size", [64, 128])
-def test_a_kernel_is_as_exact_as_the_plain_path(kernel, window, heads, key_heads, head_size):
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_a_kernel_is_as_exact_as_the_plain_path(kernel, window, heads, key_heads, head_size, softcap):
     packed = packed_row(*ROW)
     num_tokens = packed.input_ids.shape[1]
     generator = torch.Generator(DEVICE).manual_seed(0)
@@ -91,18 +99,18 @@ def test_a_kernel_is_as_exact_as_the_plain_path(kernel, window, heads, key_heads
         def attend(query, key, value):
             layout = PackedLayout.of(packed, kernel)
             return packed_attention(
-                None, query, key, value, None, sliding_window=window, packed_layout=layout
+                None, query, key, value, None, sliding_window=window, softcap=softcap, packed_layout=layout
             )[0]
 
         return attend
 
     wide = [tensor.double() for tensor in (query, key, value)]
-    exact = output_and_gradients(lambda *leaves: truth(packed, *leaves, window), upstream, *wide)
+    exact = output_and_gradients(lambda *leaves: truth(packed, *leaves, window, softcap), upstream, *wide)
     plain = errors(output_and_gradients(by("sdpa"), upstream, query, key, value), exact)
     try:
         fast = errors(output_and_gradients(by(kernel), upstream, query, key, value), exact)
     except ModelError as error:
-        pytest.skip(str(error))  # an older PyTorch's varlen_attn has no window
+        pytest.skip(str(error))  # PyTorch's varlen_attn has no soft cap, and an older one no window
     for name, fast_error, plain_error in zip(("output", "dq", "dk", "dv"), fast, plain, strict=True):
         assert fast_error <= BUDGET * plain_error, f"{name}: {fast_error:.2e}, plain {plain_error:.2e}"
         assert plain_error < 0.02
@@ -193,6 +201,27 @@ def test_a_model_scores_the_same_by_every_kernel(base_folder, pairs, kernel):
             with scorer.attending():
                 logps[mode] = scorer(pairs)
     assert (logps["sdpa"] - logps[kernel]).abs().mean().item() < 0.05
+
+
+@pytest.mark.parametrize("mode", ["sdpa", "dense", *KERNELS])
+@pytest.mark.parametrize(
+    "name", ["llama", "mistral-window", "qwen2-mixed-windows", "qwen3", "gemma2", "gemma3", "gpt2"]
+)
+def test_every_way_of_attending_is_as_exact_as_the_models_own(name, mode):
+    packed = pack_pairs([TokenizedPair((5, 6, 7) * 9, (8, 9) * 20, (10, 11, 12), "row")] * 3).to(DEVICE)
+
+    def logps(dtype, mode):
+        scorer = PairScorer(architectures.build(name).to(DEVICE, dtype), mode)
+        with torch.no_grad(), scorer.attending():
+            return scorer(packed).double()
+
+    exact = logps(torch.float64, "unshared")
+    plain = (logps(torch.bfloat16, "unshared") - exact).norm()
+    try:
+        found = logps(torch.bfloat16, mode)
+    except ModelError as error:
+        pytest.skip(str(error))
+    assert (found - exact).norm() <= BUDGET * plain
 
 
 # --- liger's modules ---
