@@ -57,7 +57,7 @@ def settle_memory(recipe: Recipe, model: Any, longest: PairLengths) -> Recipe:
     elif recipe.tuning == "lora" and not on_cuda and memory.activation_checkpointing == "auto" and num_layers:
         tokens = max(settings.microbatch_tokens, sum(longest))
         layer_bytes = kept_bytes(model, recipe.model.attention, longest) / sum(longest) * tokens / num_layers
-        spared = min(num_layers, int(HOST_SHARE * psutil.virtual_memory().available / layer_bytes))
+        spared = min(num_layers, int(HOST_SHARE * psutil.virtual_memory().available / max(layer_bytes, 1)))
         settings = replace(settings, recomputed_layers=num_layers - spared)
     keys = memory_keys(settings, num_layers)
     logger.info("memory: %s", ", ".join(f"{key} {str(value).lower()}" for key, value in keys.items()))

@@ -5,9 +5,10 @@
 
 Shared, a pair is P + C + R tokens, and rejected's keys and values are gathered behind the prompt's; twice, it is
 2P + C + R tokens in the order in which they are attended, and nothing is gathered. The two take turns, and a time is
-the least of `--repeats` turns (what others' load adds is left out), of the processors on the CPU. One JSON line a pair of lengths: both times, and
-`saved`, the share of the time that sharing saves; where it is below 0, sharing loses. On CUDA the model is four layers of
-Llama-3-8B's shape in NF4, of random weights. LoRA 16 on all linear layers, no layer recomputed.
+the least of `--repeats` turns (what others' load adds is left out), of the processors on the CPU. One JSON line a pair
+of lengths: both times, and `saved`, the share of the time that sharing saves; where it is below 0, sharing loses. On
+CUDA the model is four layers of Llama-3-8B's shape in NF4, of random weights. LoRA 16 on all linear layers, no layer
+recomputed.
 """
 
 import argparse
