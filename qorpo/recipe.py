@@ -136,6 +136,7 @@ class ModelRecipe(_Keys):
         "auto", "Weights of the frozen base: nf4 (4 bits) or none; auto: nf4, or none for full."
     )
     attention: Attention = key("auto", "Attention over shared prompts; auto: chosen as the model loads.")
+    liger: AutoFlag = key("auto", "liger-kernel's RMSNorm, RoPE, SwiGLU or GeGLU; auto: where CUDA is.")
     chat_template: Text | None = key(None, "A Jinja file to use in place of the tokenizer's template.")
     trust_remote_code: Flag = key(False, "Run Python code that comes with the model.")
     allow_pickle: Flag = key(False, "Where there is no safetensors, load .bin weights (tensors only).")
@@ -487,7 +488,8 @@ def resolve(
     device_type: str,
     installed: Callable[[str], bool] | None = None,
 ) -> Recipe:
-    """A copy with every `auto` replaced but model.attention and memory's, which are settled as the model loads.
+    """A copy with every `auto` replaced but those of model.attention, memory and (where it may be) model.liger, which
+    are settled as the model loads.
 
     `device_type` is torch's ("cuda", "cpu", …). `installed` tells whether a module can be imported. Raises RecipeError where the recipe needs one that can't.
     """
@@ -501,11 +503,21 @@ def resolve(
         "train.optimizer": "adamw_torch_fused" if is_sharded else "paged_adamw_8bit",
         "train.report_to": ["tensorboard"] if installed("tensorboard") else [],
     }
+    liger_needs = {
+        f"a CUDA device, and this is {device_type}": device_type == "cuda",
+        "liger-kernel, which is not installed (pip install liger-kernel)": installed("liger_kernel"),
+        "Triton, which is not installed (pip install triton)": installed("triton"),
+    }
+    liger_lacks = [need for need, is_met in liger_needs.items() if not is_met]
+    if liger_lacks:
+        meaning["model.liger"] = False
     for key, value in recipe.values():
         if value == "auto" and key in meaning:
             recipe = recipe.replace(key, meaning[key])
 
     problems = []
+    if recipe.model.liger is True and liger_lacks:
+        problems.append(f"model.liger: true needs {liger_lacks[0]}; set it to auto")
     if full and recipe.model.quantization == "nf4":
         problems.append(
             "model.quantization: nf4 weights can't be trained; leave out --full (tuning: full), or set it to auto or none"

@@ -4,6 +4,8 @@ Error budgets are against float64: a kernel in bfloat16 may be off by 1.5 times 
 """
 
 import importlib.util
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,11 +16,16 @@ from qorpo.data.tokenize import TokenizedPair
 from qorpo.errors import ModelError
 from qorpo.model.adapters import attach_lora
 from qorpo.model.attention import PackedLayout, dense_mask, packed_attention
+from qorpo.model.liger import apply_liger
 from qorpo.model.load import load_model
+from qorpo.model.scoring import PairScorer
 from qorpo.model.selfcheck import make_scorer
 from qorpo.ops.log_probs import token_logps, token_logps_plain
 from qorpo.recipe import load_recipe
 from qorpo.training.optim import load_optimizer_state, make_optimizer
+
+sys.path.insert(0, str(Path(__file__).parent / "model"))
+import architectures
 
 pytestmark = [
     pytest.mark.gpu,
@@ -45,13 +52,20 @@ ROW = ((37, 21, 30), (5, 64, 1), (1, 3, 5), (130, 3, 70))
 
 
 def truth(
-    packed: PackedPairs, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None
+    packed: PackedPairs,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    window: int | None,
+    softcap: float | None,
 ) -> torch.Tensor:
     """(1, T, heads, D) in float64, by the dense mask, written out."""
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-    scores = query @ key.mT * query.shape[-1] ** -0.5 + dense_mask(packed, torch.float64, window)
-    return (scores.softmax(-1) @ value).transpose(1, 2)
+    scores = query @ key.mT * query.shape[-1] ** -0.5
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    return ((scores + dense_mask(packed, torch.float64, window)).softmax(-1) @ value).transpose(1, 2)
 
 
 def output_and_gradients(attend, upstream, *inputs) -> list[torch.Tensor]:
@@ -68,7 +82,8 @@ def errors(found: list[torch.Tensor], exact: list[torch.Tensor]) -> list[float]:
 @pytest.mark.parametrize("window", [None, 16])
 @pytest.mark.parametrize(("heads", "key_heads"), [(8, 8), (8, 2)])
 @pytest.mark.parametrize("head_size", [64, 128])
-def test_a_kernel_is_as_exact_as_the_plain_path(kernel, window, heads, key_heads, head_size):
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_a_kernel_is_as_exact_as_the_plain_path(kernel, window, heads, key_heads, head_size, softcap):
     packed = packed_row(*ROW)
     num_tokens = packed.input_ids.shape[1]
     generator = torch.Generator(DEVICE).manual_seed(0)
@@ -84,18 +99,18 @@ def test_a_kernel_is_as_exact_as_the_plain_path(kernel, window, heads, key_heads
         def attend(query, key, value):
             layout = PackedLayout.of(packed, kernel)
             return packed_attention(
-                None, query, key, value, None, sliding_window=window, packed_layout=layout
+                None, query, key, value, None, sliding_window=window, softcap=softcap, packed_layout=layout
             )[0]
 
         return attend
 
     wide = [tensor.double() for tensor in (query, key, value)]
-    exact = output_and_gradients(lambda *leaves: truth(packed, *leaves, window), upstream, *wide)
+    exact = output_and_gradients(lambda *leaves: truth(packed, *leaves, window, softcap), upstream, *wide)
     plain = errors(output_and_gradients(by("sdpa"), upstream, query, key, value), exact)
     try:
         fast = errors(output_and_gradients(by(kernel), upstream, query, key, value), exact)
     except ModelError as error:
-        pytest.skip(str(error))  # an older PyTorch's varlen_attn has no window
+        pytest.skip(str(error))  # PyTorch's varlen_attn has no soft cap, and an older one no window
     for name, fast_error, plain_error in zip(("output", "dq", "dk", "dv"), fast, plain, strict=True):
         assert fast_error <= BUDGET * plain_error, f"{name}: {fast_error:.2e}, plain {plain_error:.2e}"
         assert plain_error < 0.02
@@ -188,6 +203,53 @@ def test_a_model_scores_the_same_by_every_kernel(base_folder, pairs, kernel):
     assert (logps["sdpa"] - logps[kernel]).abs().mean().item() < 0.05
 
 
+@pytest.mark.parametrize("mode", ["sdpa", "dense", *KERNELS])
+@pytest.mark.parametrize(
+    "name", ["llama", "mistral-window", "qwen2-mixed-windows", "qwen3", "gemma2", "gemma3", "gpt2"]
+)
+def test_every_way_of_attending_is_as_exact_as_the_models_own(name, mode):
+    packed = pack_pairs([TokenizedPair((5, 6, 7) * 9, (8, 9) * 20, (10, 11, 12), "row")] * 3).to(DEVICE)
+
+    def logps(dtype, mode):
+        scorer = PairScorer(architectures.build(name).to(DEVICE, dtype), mode)
+        with torch.no_grad(), scorer.attending():
+            return scorer(packed).double()
+
+    exact = logps(torch.float64, "unshared")
+    plain = (logps(torch.bfloat16, "unshared") - exact).norm()
+    try:
+        found = logps(torch.bfloat16, mode)
+    except ModelError as error:
+        pytest.skip(str(error))
+    assert (found - exact).norm() <= BUDGET * plain
+
+
+# --- liger's modules ---
+
+LIGER = ["llama", "mistral-window", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "granite", "olmo2"]
+
+
+@pytest.mark.parametrize("name", LIGER)
+def test_ligers_modules_are_as_exact_as_the_models_own(name):
+    pytest.importorskip("liger_kernel")
+    packed = pack_pairs([TokenizedPair((5, 6, 7) * 9, (8, 9) * 20, (10, 11, 12), "row")] * 3).to(DEVICE)
+
+    def logps_and_gradients(dtype, liger):
+        model = architectures.build(name).to(DEVICE, dtype)
+        assert apply_liger(model, liger) is liger
+        scorer = PairScorer(model, "sdpa")
+        with scorer.attending():
+            logps = scorer(packed)
+            logps.double().square().mean().backward()
+        return [logps.detach(), torch.cat([weight.grad.flatten().double() for weight in model.parameters()])]
+
+    exact = logps_and_gradients(torch.float64, False)
+    own = errors(logps_and_gradients(torch.bfloat16, False), exact)
+    fused = errors(logps_and_gradients(torch.bfloat16, True), exact)
+    for what, error, own_error in zip(("logps", "gradients"), fused, own, strict=True):
+        assert error <= BUDGET * own_error, f"{what}: {error:.2e}, the model's own modules {own_error:.2e}"
+
+
 # --- the head ---
 
 
@@ -275,8 +337,11 @@ MIDDLING = {
 }  # fmt: skip
 
 
-def middling_trainer(tmp_path, **memory):
-    """A Trainer of a random model of 150 M parameters, on four pairs of 600, 700 and 700 tokens."""
+def middling_trainer(tmp_path, liger=False, **memory):
+    """A Trainer of a random model of 150 M parameters, on four pairs of 600, 700 and 700 tokens.
+
+    Its modules are its own by default: those are what a plan counts.
+    """
     from tiny import make_tokenizer
 
     from qorpo.data.records import DataReport
@@ -293,7 +358,7 @@ def middling_trainer(tmp_path, **memory):
     pairs = [TokenizedPair(tokens(600), tokens(700), tokens(700), f"random:{line}") for line in range(4)]
     recipe = load_recipe(
         {
-            "model": {"path": "random", "quantization": "none"}, "data": {"train": "random"},
+            "model": {"path": "random", "quantization": "none", "liger": liger}, "data": {"train": "random"},
             "train": {"pairs_per_step": 4, "max_steps": 3, "report_to": [], "save_every": 100},
             "memory": memory, "output": str(tmp_path / "run"),
         }
@@ -320,6 +385,46 @@ def test_the_planned_memory_is_what_is_reserved(tmp_path, checkpointing, microba
     trainer.train()
     planned = planned_bytes(trainer.recipe, trainer.model, PairLengths(600, 700, 700))
     assert planned == pytest.approx(torch.cuda.max_memory_reserved(), rel=0.1)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_with_liger_no_more_is_reserved_than_planned(tmp_path, checkpointing):
+    from qorpo.data.pack import PairLengths
+    from qorpo.planning.auto import planned_bytes
+
+    pytest.importorskip("liger_kernel")
+    fresh_card()
+    memory = {"microbatch_tokens": 8000, "activation_checkpointing": checkpointing}
+    trainer = middling_trainer(tmp_path, liger=True, **memory)
+    trainer.train()
+    planned = planned_bytes(trainer.recipe, trainer.model, PairLengths(600, 700, 700))
+    assert torch.cuda.max_memory_reserved() <= 1.05 * planned
+
+
+def test_no_step_waits_for_the_device_but_in_the_optimizer(tmp_path, monkeypatch):
+    """What waits: bitsandbytes' paged optimizer, once for each tensor that trains and once at its end."""
+    import bitsandbytes.optim.optimizer as bnb
+
+    fresh_card()
+    trainer = middling_trainer(tmp_path, liger="auto", microbatch_tokens=4000, activation_checkpointing=6)
+    trainer.train()  # kernels are compiled, workspaces are there
+    waits = []
+    wait = bnb.sync_gpu
+    monkeypatch.setattr(
+        bnb, "sync_gpu", lambda tensor: (waits.append("bitsandbytes: sync_gpu"), wait(tensor))
+    )
+    trainer.model.train()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        means = trainer._within_memory(trainer.pairs_of_step(0), trainer.accelerator.backward, seed=0)
+        norm = trainer.accelerator.clip_grad_norm_(trainer.trained, 1.0)
+        assert waits == []
+        trainer.optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(waits) == len(trainer.trained) + 1
+    assert torch.isfinite(means["loss"])
+    assert torch.isfinite(norm)
 
 
 def test_offload_changes_no_loss_and_no_gradient_and_takes_the_inputs_off_the_card(tmp_path):

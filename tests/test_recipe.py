@@ -60,6 +60,7 @@ def test_three_keys_make_a_recipe_and_the_rest_has_the_documented_defaults():
             "revision": None,
             "quantization": "auto",
             "attention": "auto",
+            "liger": "auto",
             "chat_template": None,
             "trust_remote_code": False,
             "allow_pickle": False,
@@ -453,9 +454,11 @@ def test_resolve_replaces_every_auto_but_what_is_settled_as_the_model_loads(devi
         "train.learning_rate: 'auto' 0.0001 now",
         "train.optimizer: 'auto' 'paged_adamw_8bit' now",
         "train.report_to: 'auto' ['tensorboard'] now",
+        *([] if device_type == "cuda" else ["model.liger: 'auto' false now"]),
     }
-    memory = [f"memory.{key}" for key in MemoryRecipe.model_fields if key != "sharding"]
-    assert [key for key in FIELDS if value(key, resolved) == "auto"] == ["model.attention", *memory]
+    later = ["model.attention", *(["model.liger"] if device_type == "cuda" else [])]
+    later += [f"memory.{key}" for key in MemoryRecipe.model_fields if key != "sharding"]
+    assert [key for key in FIELDS if value(key, resolved) == "auto"] == later
     assert resolve(resolved, device_type=device_type, installed=lambda module: True) == resolved
 
 
@@ -468,9 +471,31 @@ def test_offload_needs_a_cuda_device():
         resolve(recipe, device_type="cpu")
 
 
+@pytest.mark.parametrize(
+    ("device_type", "missing", "reason"),
+    [
+        ("cpu", None, "a CUDA device, and this is cpu"),
+        ("cuda", "liger_kernel", r"liger-kernel, which is not installed \(pip install liger-kernel\)"),
+        ("cuda", "triton", r"Triton, which is not installed \(pip install triton\)"),
+    ],
+)
+def test_ligers_modules_need_cuda_and_two_packages(device_type, missing, reason):
+    def settled(liger):
+        recipe = load_recipe(LEAST, [f"model.liger={liger}"])
+        return resolve(
+            recipe, device_type=device_type, installed=lambda module: module != missing
+        ).model.liger
+
+    assert settled("auto") is False
+    assert settled("false") is False
+    with pytest.raises(RecipeError, match=rf"model\.liger: true needs {reason}; set it to auto"):
+        settled("true")
+
+
 def test_resolve_keeps_what_was_said():
     said = {
         "model.quantization": "none",
+        "model.liger": False,
         "train.learning_rate": 3e-3,
         "train.optimizer": "adamw_torch",
         "train.report_to": [],

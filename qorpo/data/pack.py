@@ -6,7 +6,7 @@ prompt's last token predicts the first token of both responses. What may attend 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -35,7 +35,15 @@ class PackedPairs:
 
     def to(self, device: torch.device) -> "PackedPairs":
         names = ("input_ids", "position_ids", "predictors", "targets", "sides")
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
+        tensors: dict[str, Any] = {name: moved(getattr(self, name), device) for name in names}
+        return replace(self, **tensors)
+
+
+def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host on `device`. The host doesn't wait, and pinned memory is copied beside what a GPU computes."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()  # kept by PyTorch until the copy is done
+    return tensor.to(device, non_blocking=True)
 
 
 def row_tokens(pair: TokenizedPair) -> int:

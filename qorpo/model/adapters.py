@@ -1,6 +1,7 @@
 """LoRA adapters by PEFT: attached, found again, and computed in the base's own precision."""
 
 from collections.abc import Sequence
+from types import MethodType
 from typing import Any
 
 import torch
@@ -93,13 +94,33 @@ class _CastEmbedding(nn.Embedding):
         return super().forward(input).to(self.compute_dtype)
 
 
-def _keep_input_type(layer: LoraLayer) -> None:
+def _keep_input_type(layer: Any) -> None:
     """PEFT would cast every layer's input to the adapter's float32: rank × width is the cheaper side to cast."""
     linears = [*layer.lora_A.values(), *layer.lora_B.values()]
     if linears and all(type(linear) is nn.Linear for linear in linears):
         layer.cast_input_dtype_enabled = False
         for linear in linears:
             linear.__class__ = _CastLinear
+        layer.forward = MethodType(_add_in_place, layer)
+
+
+def _add_in_place(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """base(x) + scaling · B A x, added up by the last product, in the base's own output.
+
+    PEFT's forward, which anything beyond that is left to, makes of the wide side two more copies here and one in
+    backward: the product, and it or its gradient times the scaling.
+    """
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    plain = not (args or kwargs or layer.disable_adapters or layer.merged or layer.lora_variant)
+    if not plain or len(names) != 1 or layer.lora_B[names[0]].bias is not None:
+        return type(layer).forward(layer, x, *args, **kwargs)
+    (name,) = names
+    rows = x.flatten(0, -2)  # 2-D: an output seen through a view would be copied in backward
+    low = layer.lora_A[name](layer.lora_dropout[name](rows))
+    wide = layer.base_layer(rows).addmm_(
+        low, layer.lora_B[name].weight.to(low.dtype).T, alpha=layer.scaling[name]
+    )
+    return wide.view(*x.shape[:-1], -1)
 
 
 def _train_in_float32(wrapper: Any) -> None:

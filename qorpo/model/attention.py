@@ -21,9 +21,8 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
 
-from qorpo.data.pack import PackedPairs, PairLengths
+from qorpo.data.pack import PackedPairs, PairLengths, moved
 from qorpo.errors import ModelError
 
 PACKED = "qorpo_packed"
@@ -66,12 +65,12 @@ class PackedLayout:
             start = chosen_end + rejected
 
         def ends(lengths: list[int]) -> torch.Tensor:
-            return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
+            return moved(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), device)
 
         return cls(
             kernel=kernel,
             lengths=packed.lengths,
-            key_index=torch.tensor(keys).to(device, non_blocking=True),
+            key_index=moved(torch.tensor(keys), device),
             query_ends=ends(query_lengths),
             key_ends=ends(key_lengths),
             max_queries=max(query_lengths),
@@ -261,7 +260,8 @@ def dense_mask(packed: PackedPairs, dtype: torch.dtype, window: int | None = Non
     part_lengths, num_tokens = torch.tensor(packed.lengths).flatten(), packed.input_ids.shape[1]
     part_T = torch.repeat_interleave(  # 3·pair + side
         torch.arange(len(part_lengths)), part_lengths, output_size=num_tokens
-    ).to(device)
+    )
+    part_T = moved(part_T, device)
     position_T = packed.position_ids[0]
     same_part = part_T[:, None] == part_T
     own_prompt = (part_T[:, None] // 3 == part_T // 3) & (part_T % 3 == 0)
@@ -273,5 +273,6 @@ def dense_mask(packed: PackedPairs, dtype: torch.dtype, window: int | None = Non
     return torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill(~allowed, blocked)[None, None]
 
 
+# No mask function beside it: for attention that has one transformers asks the device, in every forward, whether positions
+# start anew in a row; for attention that has none it makes no mask.
 AttentionInterface.register(PACKED, packed_attention)
-AttentionMaskInterface.register(PACKED, lambda *args, **kwargs: None)

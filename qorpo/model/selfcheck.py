@@ -11,6 +11,7 @@ import torch
 from qorpo.data.pack import PackedPairs, pack_pairs
 from qorpo.data.tokenize import TokenizedPair
 from qorpo.errors import ModelError
+from qorpo.model.liger import has_liger, own_modules, remove_liger
 from qorpo.model.scoring import Mode, PairScorer
 
 logger = logging.getLogger(__name__)
@@ -32,18 +33,36 @@ def settle_mode(
     call: Callable[..., torch.Tensor],
     attention: str = "auto",
     dtype: torch.dtype | None = None,
+    liger: bool | str = "auto",
 ) -> None:
-    """Give a scorer the best way of attending that scores as its model does on its own.
+    """Give a scorer the best way of attending that scores as its model does on its own, by its own modules.
 
     Args:
         scorer: of a causal language model of transformers, with or without PEFT adapters.
         call: the scorer as it is called, itself or what wraps it (all ranks of a sharded one together).
         attention: auto tries each mode and takes the first that holds; a named mode is taken or refused.
         dtype: what the model computes in; None: its weights' own type.
+        liger: whether liger's modules, where the model has them (`apply_liger`), are asked for (true) or are taken
+            out again where log-probs differ with them (auto).
 
     Raises:
         ModelError: where no mode, or not the named one, gives the model's own log-probs; says why for each.
     """
+    try:
+        _settle_mode(scorer, call, attention, dtype)
+    except ModelError as error:
+        if not has_liger(scorer.model):
+            raise
+        if liger is True:
+            raise ModelError(f"{error}. Or it is liger-kernel's modules: set model.liger: auto") from error
+        logger.warning("liger: off, the model's own modules in its place (%s)", error)
+        remove_liger(scorer.model)
+        _settle_mode(scorer, call, attention, dtype)
+
+
+def _settle_mode(
+    scorer: PairScorer, call: Callable[..., torch.Tensor], attention: str, dtype: torch.dtype | None
+) -> None:
     model, config = scorer.model, scorer.text_config
     dtype = dtype or model.dtype
     if getattr(config, "attn_logit_softcapping", None) and config._attn_implementation == "sdpa":
@@ -55,7 +74,7 @@ def settle_mode(
         model.eval()
         try:
             scorer.mode = "unshared"  # the model's own attention
-            with scorer.attending():
+            with scorer.attending(), own_modules(model):
                 own_S = call(packed, by_own_logits=True)
             failures: list[str] = []
             for mode in candidates(model, dtype) if attention == "auto" else [attention]:
@@ -104,7 +123,7 @@ def _difference(
         with scorer.attending():
             logps_S = call(packed)
             others_changed_S = call(_with_other_tokens_changed(packed))
-    except (ModelError, RuntimeError, ValueError, TypeError, AttributeError, ImportError) as error:
+    except Exception as error:  # a kernel can fail to be compiled in any way
         return str(error).strip().split("\n")[0] or type(error).__name__
     difference = (logps_S - own_S).abs().mean().item()
     if not difference <= tolerance:

@@ -119,13 +119,13 @@ class _FrozenHead(torch.autograd.Function):
         for rows, softmax in _chunks(hidden_SH, targets_S, chunk_tokens, head):
             logps_S[rows] = softmax.logps_C
             if slopes_SH is not None:
-                targets_C, slopes_CV = targets_S[rows], softmax.slopes()
+                targets_C, falls_CV = targets_S[rows], softmax.falls()
                 # The target's slope weighs as much as all others together: kept out of the low-precision product,
                 # it pays for the one rounding more that a stored vector has over plain autograd's.
-                target_slopes_C = _pick(slopes_CV, targets_C)
-                slopes_CV.scatter_(1, targets_C[:, None], 0.0)
-                others_CH = slopes_CV.to(hidden_SH.dtype) @ head.weight_VH
-                slopes_SH[rows] = others_CH + target_slopes_C[:, None] * head.weight_VH[targets_C]
+                target_falls_C = _pick(falls_CV, targets_C)
+                falls_CV.scatter_(1, targets_C[:, None], 0.0)
+                others_CH = falls_CV.to(hidden_SH.dtype) @ head.weight_VH
+                slopes_SH[rows] = -others_CH - target_falls_C[:, None] * head.weight_VH[targets_C]
         ctx.save_for_backward(slopes_SH)
         ctx.hidden_dtype = hidden_SH.dtype
         return logps_S
@@ -162,7 +162,7 @@ class _TrainedHead(torch.autograd.Function):
         grad_weight_VH = torch.zeros_like(weight_VH, dtype=wide) if ctx.needs_input_grad[1] else None
         grad_bias_V = torch.zeros_like(bias_V, dtype=wide) if ctx.needs_input_grad[2] else None
         for rows, softmax in _chunks(hidden_SH, targets_S, ctx.chunk_tokens, head):
-            slopes_CV = softmax.slopes().mul_(upstream_S[rows, None])
+            slopes_CV = softmax.falls().mul_(-upstream_S[rows, None])
             if grad_bias_V is not None:
                 grad_bias_V += slopes_CV.sum(0)
             if grad_hidden_SH is not None:
@@ -186,18 +186,17 @@ class _Softmax(NamedTuple):
     damping_CV: torch.Tensor | None
     scale: float
 
-    def slopes(self) -> torch.Tensor:
-        """d logp_target / d (h Wᵀ + b), (C, V): (onehot − p) times the scale and the cap's derivative; reuses `probs_CV`.
+    def falls(self) -> torch.Tensor:
+        """−d logp_target / d (h Wᵀ + b), (C, V): (p − onehot) times the scale and the cap's derivative; reuses `probs_CV`.
 
-        The target's 1 − p is −expm1(logp), exact where p is near 1, just where the odds term looks closest. One
-        tensor, cast once by the caller: two products subtracted after a cast would cancel there.
+        The target's p − 1 is expm1(logp), exact where p is near 1, just where the odds term looks closest. One
+        tensor, cast once by the caller: two products subtracted after a cast would cancel there. The sign is left to
+        the caller, who has fewer numbers to turn.
         """
-        slopes_CV = self.probs_CV.neg_().scatter_(
-            1, self.targets_C[:, None], -torch.expm1(self.logps_C)[:, None]
-        )
+        falls_CV = self.probs_CV.scatter_(1, self.targets_C[:, None], torch.expm1(self.logps_C)[:, None])
         if self.scale != 1.0:
-            slopes_CV *= self.scale
-        return slopes_CV if self.damping_CV is None else slopes_CV.mul_(self.damping_CV)
+            falls_CV *= self.scale
+        return falls_CV if self.damping_CV is None else falls_CV.mul_(self.damping_CV)
 
 
 def _chunks(

@@ -2,13 +2,16 @@
 
 import copy
 import logging
+from dataclasses import replace
 from typing import Any
 
 import psutil
 import torch
 
-from qorpo.data.pack import PairLengths
+from qorpo.data.pack import PairLengths, pack_pairs
+from qorpo.data.tokenize import TokenizedPair
 from qorpo.model.recompute import decoder_layers
+from qorpo.model.scoring import PairScorer
 from qorpo.planning.advice import advise
 from qorpo.planning.counter import MemorySettings, StepCounter
 from qorpo.planning.settle import (
@@ -27,6 +30,10 @@ LATER_BYTES = int(0.25 * GIB)
 """What libraries load onto a card after the model, at their first calls; stated, not measured by qorpo yet."""
 
 
+HOST_SHARE = 0.25
+"""The most of the host's free memory that layers spared recomputation may keep, where no budget is given."""
+
+
 def settle_memory(
     recipe: Recipe,
     model: Any,
@@ -39,7 +46,7 @@ def settle_memory(
     """The recipe with every `auto` of its memory section but the budget replaced: by the plan, for what is free.
 
     Off CUDA, where nothing but a budget bounds it, under hybrid sharding, and where a model can't be planned, by fixed
-    values.
+    values; on the CPU layers are spared recomputation as far as memory is plenty.
 
     Args:
         model: loaded, with adapters, and wherever it is to be but for a model that is sharded afterwards.
@@ -59,6 +66,13 @@ def settle_memory(
             settings = _planned(recipe, counter, free_bytes(recipe, device))
         except Exception as error:  # a model like no other: a plan helps, but training can do without
             logger.warning("memory: no plan can be made of this model (%s); fixed values are taken", error)
+    elif (
+        not on_cuda and memory.activation_checkpointing == "auto" and num_layers and memory.sharding == "none"
+    ):
+        tokens = max(settings.microbatch_tokens, sum(longest))
+        layer_bytes = kept_bytes(model, recipe.model.attention, longest) / sum(longest) * tokens / num_layers
+        spared = min(num_layers, int(HOST_SHARE * psutil.virtual_memory().available / max(layer_bytes, 1)))
+        settings = replace(settings, recomputed_layers=num_layers - spared)
     keys = memory_keys(settings, num_layers)
     logger.info("memory: %s", ", ".join(f"{key} {str(value).lower()}" for key, value in keys.items()))
     for key, value in keys.items():
@@ -75,6 +89,24 @@ def _planned(recipe: Recipe, counter: StepCounter, room_bytes: int) -> MemorySet
         "" if needed <= room_bytes else ", which does not fit: " + _together(recipe, counter, settings, room_bytes),
     )  # fmt: skip
     return settings
+
+
+def kept_bytes(model: Any, attention: str, longest: PairLengths) -> int:
+    """What autograd keeps of one pair's forward: counted, which takes as long as the forward and needs as much memory."""
+    prompt, chosen, rejected = ((1,) * length for length in longest)
+    scorer = PairScorer(model, attention)  # type: ignore[arg-type]
+    standing = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in standing:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with scorer.attending(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        scorer(pack_pairs([TokenizedPair(prompt, chosen, rejected, "plan")]).to(model.device))
+    return sum(kept.values())
 
 
 def planned_bytes(recipe: Recipe, model: Any, longest: PairLengths) -> int:

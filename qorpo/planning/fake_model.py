@@ -3,6 +3,8 @@
 The model, its quantized layers and its adapters are made by the libraries' own code on PyTorch's meta device, so that
 which layers are quantized or adapted is never guessed; then every parameter becomes a fake tensor on the CPU (a fake
 CUDA one aborts on a build without CUDA). bitsandbytes' 4-bit weights can't be fake: `_NF4Linear` stands in for them.
+liger's kernels can't run on them, so a layer's own norm, RoPE and MLP are counted: they keep more for backward (float32
+copies in the norm, the activated gate in the MLP), so that with `model.liger` a plan is above what is needed.
 """
 
 import copy

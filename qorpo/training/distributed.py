@@ -75,6 +75,13 @@ def shares(pairs: Sequence[TokenizedPair], count: int) -> list[list[TokenizedPai
     return parts
 
 
+def runs_on(recipe: Recipe, model: Any) -> str:
+    """The type of the device that trains a model: one that is to be sharded waits in host memory, wherever it will be."""
+    sharding = recipe.memory.sharding
+    sharded = recipe.tuning == "full" if sharding == "auto" else sharding != "none"
+    return "cuda" if sharded and torch.cuda.is_available() else model.device.type
+
+
 def make_accelerator(
     sharding: str, model: Any, compute_dtype: torch.dtype | None, **options: Any
 ) -> Accelerator:

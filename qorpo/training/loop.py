@@ -23,6 +23,7 @@ from qorpo.data.records import PreferencePair
 from qorpo.data.tokenize import ChatFormat, Tokenized, TokenizedPair, tokenize_pairs
 from qorpo.errors import ModelError, RunError
 from qorpo.model.adapters import attach_lora
+from qorpo.model.liger import apply_liger, has_liger
 from qorpo.model.load import keep_nf4_trainable, read_chat_template
 from qorpo.model.masters import casts_of, train_all
 from qorpo.model.recompute import checkpoint_layers
@@ -43,7 +44,7 @@ from qorpo.training.checkpoint import (
     save_whole_model,
 )
 from qorpo.training.data import limits_of
-from qorpo.training.distributed import as_on_main, make_accelerator, ranks_of, reshard, whole
+from qorpo.training.distributed import as_on_main, make_accelerator, ranks_of, reshard, runs_on, whole
 from qorpo.training.optim import make_optimizer, make_schedule
 from qorpo.training.progress import Progress
 from qorpo.training.run_folder import RunFolder
@@ -78,7 +79,7 @@ class Trainer:
         *,
         progress: Progress | None = None,
     ):
-        recipe = resolve(recipe, device_type=model.device.type)
+        recipe = resolve(recipe, device_type=runs_on(recipe, model))
         self.is_full = recipe.tuning == "full"
         cap_card(recipe.memory.budget_gib, model.device)
         self.tokenizer = tokenizer
@@ -105,6 +106,7 @@ class Trainer:
             wait=self.accelerator.wait_for_everyone,
         )
         keep_nf4_trainable(model)
+        apply_liger(model, recipe.model.liger)
         torch.manual_seed(recipe.train.seed)  # the adapters' first values
         lora = recipe.lora
         self.model: Any = model if self.is_full or isinstance(model, PeftModel) else attach_lora(
@@ -114,8 +116,7 @@ class Trainer:
         scorer = PairScorer(self.model)
         if not self.is_sharded:
             scorer.compute_dtype = casts_to
-            settle_mode(scorer, scorer, recipe.model.attention, casts_to)
-            recipe = recipe.replace("model.attention", scorer.mode)
+            recipe = self._settle_model(recipe, scorer, scorer, casts_to)
         # Ranks may find different amounts of memory free, and must take the same micro-batches.
         recipe = as_on_main(
             settle_memory(
@@ -137,8 +138,7 @@ class Trainer:
         )
         self.trained = [parameter for parameter in scorer.parameters() if parameter.requires_grad]
         if self.is_sharded:  # a forward needs every rank, and its weights only now are everywhere
-            settle_mode(scorer, self.scorer, recipe.model.attention, casts_to)
-            recipe = recipe.replace("model.attention", scorer.mode)
+            recipe = self._settle_model(recipe, scorer, self.scorer, casts_to)
         self.recipe = recipe
         self.ranks = ranks_of(self.accelerator, self.scorer)
         self.schedule = make_schedule(self.optimizer, recipe.train, self.total_steps)
@@ -148,6 +148,15 @@ class Trainer:
         self._interval_s = 0.0
         # A checkpoint that ranks are writing: when it is done, what then names it, and the best step it knows of.
         self._unfinished: tuple[Future[Any], contextlib.ExitStack, int | None] | None = None
+
+    @staticmethod
+    def _settle_model(
+        recipe: Recipe, scorer: PairScorer, call: Callable[..., torch.Tensor], dtype: torch.dtype | None
+    ) -> Recipe:
+        """The recipe with what `auto` of attention and liger became for this model."""
+        settle_mode(scorer, call, recipe.model.attention, dtype, recipe.model.liger)
+        recipe = recipe.replace("model.attention", scorer.mode)
+        return recipe.replace("model.liger", has_liger(scorer.model))
 
     def _check_ranks(self, recipe: Recipe) -> None:
         ranks = self.accelerator.num_processes

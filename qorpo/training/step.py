@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
-from qorpo.data.pack import PackedPairs, pack_pairs, row_tokens, split_by_budget
+from qorpo.data.pack import PackedPairs, moved, pack_pairs, row_tokens, split_by_budget
 from qorpo.data.tokenize import TokenizedPair
 from qorpo.objectives.orpo import ObjectiveOutput, orpo_loss
 from qorpo.recipe import ObjectiveRecipe
@@ -72,6 +72,7 @@ def run_step(
     totals = StepTotals.of(pairs, objective)
     sums: dict[str, torch.Tensor] = {}
     rows = ranks.micro_batches(pairs, microbatch_tokens)
+    # Nothing here waits for the device, so a row is packed and copied while it computes those before.
     for number, row in enumerate(rows, start=1):
         # A rank with nothing left scores the least there is, for nothing: the others need it.
         packed = pack_pairs(row or [_least(pairs)], score_prompts=objective.nll_tokens == "all").to(device)
@@ -138,7 +139,7 @@ def pair_losses(
     token_logps_S: torch.Tensor, packed: PackedPairs, objective: ObjectiveRecipe, totals: StepTotals
 ) -> ObjectiveOutput:
     """The objective of a micro-batch's pairs, summed; divided by `totals.pairs` it is their share of the step's."""
-    lengths_P3 = torch.tensor(packed.lengths, dtype=torch.float64).to(token_logps_S.device, non_blocking=True)
+    lengths_P3 = moved(torch.tensor(packed.lengths, dtype=torch.float64), token_logps_S.device)
     sums_P3 = torch.zeros(lengths_P3.numel(), dtype=torch.float64, device=token_logps_S.device)
     sums_P3 = sums_P3.index_add(0, packed.sides, token_logps_S.double()).view_as(lengths_P3)
     prompt_P, chosen_P, rejected_P = sums_P3.unbind(1)

@@ -88,8 +88,10 @@ def training_cells(settings: Line, figures: Line) -> tuple[str, str, str] | None
     ]
     if "mean_tokens" in settings:
         what.append("+".join(f"{tokens:.0f}" for tokens in settings["mean_tokens"].values()) + " tokens")
-    recomputed = settings.get("activation_checkpointing", "auto")
-    if recomputed != "auto" and recomputed is not True:  # 1 is one layer, and equal to True
+    recomputed = settings.get("activation_checkpointing", True)
+    if recomputed is True:  # 1 is one layer, and equal to True
+        what.append("every layer recomputed")
+    elif recomputed != "auto":
         what.append(f"{recomputed or 'no'} layers recomputed")
     peer = {"trl": "TRL", "unsloth": "Unsloth"}[figures.get("peer", {"side": "trl"})["side"]]
     result = f"{figures['speed']:.2f} × {peer}'s pairs/s"

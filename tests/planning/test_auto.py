@@ -36,9 +36,37 @@ def test_off_cuda_and_without_a_budget_auto_is_fixed(recipe_dict, base, pairs_fi
     trainer = trainer_of(recipe_dict, base, pairs_file)
     memory = trainer.recipe.memory
     assert (memory.microbatch_tokens, memory.logprob_chunk_tokens) == (2048, 256)
-    assert (memory.activation_checkpointing, memory.activation_offload) == (True, False)
+    assert (memory.activation_checkpointing, memory.activation_offload) == (False, False)
     assert trainer._unwrapped.chunk_tokens == 256
-    assert recomputed_layers(trainer) == [True, True]
+    assert recomputed_layers(trainer) == [False, False]
+
+
+@pytest.mark.parametrize(("layers_that_fit", "recomputed"), [(0.9, True), (1.1, 1), (2.1, False)])
+def test_on_the_cpu_layers_are_spared_recomputation_while_memory_is_plenty(
+    recipe_dict, base, pairs_file, monkeypatch, layers_that_fit, recomputed
+):
+    from qorpo.data.pack import PairLengths
+
+    longest = PairLengths(30, 20, 10)
+    trainer = trainer_of(recipe_dict, base, pairs_file, memory__activation_checkpointing=False)
+    kept = auto.kept_bytes(trainer.model, "sdpa", longest)
+    available = layers_that_fit / 2 * kept * 2048 / 60 / auto.HOST_SHARE
+    monkeypatch.setattr(auto.psutil, "virtual_memory", lambda: type("Memory", (), {"available": available}))
+    recipe = trainer.recipe.replace("memory.activation_checkpointing", "auto")
+    settled = auto.settle_memory(recipe, trainer.model, longest)
+    assert settled.memory.activation_checkpointing == recomputed
+
+
+def test_what_a_forward_keeps_is_counted_once_and_without_the_model(recipe_dict, base, pairs_file):
+    from qorpo.data.pack import PairLengths
+
+    trainer = trainer_of(recipe_dict, base, pairs_file, memory__activation_checkpointing=False)
+    short, long = (
+        auto.kept_bytes(trainer.model, "sdpa", PairLengths(*lengths)) for lengths in ((9, 6, 5), (90, 60, 50))
+    )
+    constant = (10 * short - long) / 9  # the adapters' casts, whatever the tokens
+    assert 0 <= constant < 4 * sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    assert long > 200 * 2 * 2 * 64 * 2  # at the least each layer's input and the MLP's
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,126 @@
+"""LoRA on 4-bit layers: what is computed is PEFT's, each weight is unpacked once a pass, and nothing wide is copied."""
+
+import copy
+from collections import Counter
+
+import pytest
+import torch
+from peft.tuners.lora import LoraLayer
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from qorpo.data.pack import pack_pairs
+from qorpo.data.tokenize import TokenizedPair
+from qorpo.model.adapters import attach_lora
+from qorpo.model.load import load_model
+from qorpo.model.recompute import checkpoint_layers
+from qorpo.model.scoring import PairScorer
+
+PACKED = pack_pairs(
+    [
+        TokenizedPair((5, 6, 7) * 5, (8, 9) * 7, (10, 11, 12, 13), "a:1"),
+        TokenizedPair((3,), (4, 5, 6), (7, 8), "a:2"),
+    ]
+)
+NUM_TOKENS = PACKED.input_ids.shape[1]
+NUM_LINEARS = 2 * 7  # of the tiny base
+LAYERS = "layers."
+
+
+def adapted(base, quantization="nf4", **lora):
+    torch.manual_seed(0)
+    model = attach_lora(load_model(str(base), quantization=quantization), **lora).train()
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.05)
+    return model
+
+
+def loss_and_gradients(model, dropout_seed=0):
+    model.zero_grad()
+    torch.manual_seed(dropout_seed)
+    scorer = PairScorer(model)
+    with scorer.attending():
+        logps = scorer(PACKED)
+        logps.square().mean().backward()
+    return [logps.detach(), *(weight.grad for weight in model.parameters() if weight.requires_grad)]
+
+
+class Calls(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.counts, self.outputs = Counter(), []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.counts[str(func.overloadpacket)] += 1
+        if isinstance(result, torch.Tensor):
+            self.outputs.append((str(func.overloadpacket), tuple(result.shape), result.dtype))
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_sums_are_pefts(base, dtype, dropout):
+    ours = adapted(base, "none", dropout=dropout).to(dtype)
+    pefts = copy.deepcopy(ours)
+    for module in pefts.modules():
+        if isinstance(module, LoraLayer):
+            del module.forward
+    tolerance = {torch.float64: 1e-12, torch.bfloat16: 0.05}[dtype]
+    for mine, theirs in zip(loss_and_gradients(ours), loss_and_gradients(pefts), strict=True):
+        assert (mine - theirs).norm() <= tolerance * theirs.norm()
+
+
+def test_what_is_beyond_one_plain_adapter_is_pefts_own(base):
+    model = adapted(base, "none")
+    ids = torch.arange(9)[None]
+    with_one = model(ids).logits
+    with model.disable_adapter():
+        without = model(ids).logits
+    assert not torch.equal(without, with_one)
+    model.merge_adapter()
+    merged = model(ids).logits
+    model.unmerge_adapter()
+    assert (merged - with_one).abs().max() < 0.2 * (without - with_one).abs().max()
+    copy.deepcopy(model).merge_and_unload()
+
+
+@pytest.mark.parametrize("recomputed", [0, 1, 2])
+def test_each_4_bit_weight_is_unpacked_once_a_pass(base, recomputed, monkeypatch):
+    """Once in forward, inside the product, once more where a layer is recomputed, and once in backward: the first
+    layer's query, key and value need no gradient of their input there."""
+    model = adapted(base)
+    if recomputed:
+        checkpoint_layers(model, recomputed)
+    with Calls() as calls:
+        loss_and_gradients(model)
+    per_layer = NUM_LINEARS // 2
+    assert calls.counts["bitsandbytes.gemm_4bit"] == NUM_LINEARS + recomputed * per_layer
+    assert calls.counts["bitsandbytes.dequantize_4bit"] == NUM_LINEARS - 3
+
+
+def test_no_activation_is_copied_in_float32_by_a_linear_layer(base):
+    """On a bfloat16 model: the norms' own arithmetic, attention on the CPU and the loss are float32, and nothing else."""
+    model = adapted(base)
+    wide = []
+
+    def saved(tensor):
+        wide.append(tensor)
+        return tensor
+
+    layer = model.get_submodule("base_model.model.model.layers.0.mlp.gate_proj")
+    hidden = torch.randn(1, NUM_TOKENS, layer.in_features, dtype=torch.bfloat16, requires_grad=True)
+    with Calls() as calls, torch.autograd.graph.saved_tensors_hooks(saved, lambda tensor: tensor):
+        out = layer(hidden)
+        out.sum().backward()
+    assert out.dtype == torch.bfloat16
+    of_tokens = [entry for entry in calls.outputs if NUM_TOKENS in entry[1]]
+    assert {dtype for _, _, dtype in of_tokens} == {torch.bfloat16}
+    assert all(tensor.dtype == torch.bfloat16 for tensor in wide if NUM_TOKENS in tensor.shape)
+    # Of the wide side only the product that all else is added to, and what it makes of its gradient: nothing is scaled.
+    widths = Counter(name for name, shape, _ in of_tokens if shape == (NUM_TOKENS, layer.out_features))
+    assert widths["aten.mul"] == widths["aten.add"] == widths["aten.clone"] == 0
+    assert widths["bitsandbytes.gemm_4bit"] == widths["aten.addmm_"] == 1
+    # What backward keeps: the input and the narrow product.
+    kept = {tuple(tensor.shape) for tensor in wide if NUM_TOKENS in tensor.shape}
+    assert kept == {(NUM_TOKENS, layer.in_features), (NUM_TOKENS, 16)}
