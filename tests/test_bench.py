@@ -221,8 +221,8 @@ def test_a_step_on_the_cpu(bench):
     }  # fmt: skip
     figures, memory = bench("step").measure(settings)
     assert figures["attention"] == "dense"
-    assert memory["activation_checkpointing"] is True
-    assert figures["recomputed_layers"] == 4
+    assert memory["activation_checkpointing"] is False  # as auto has it where memory is plenty
+    assert figures["recomputed_layers"] == 0
     assert len(figures["step_seconds"]) == 2
     assert figures["tokens_per_second"] / figures["pairs_per_second"] == pytest.approx(
         figures["row_tokens"] / 2

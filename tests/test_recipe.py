@@ -611,13 +611,12 @@ def test_full_tuning_has_autos_of_its_own():
     assert settings["memory.sharding"] == "full"
 
 
-@pytest.mark.parametrize(
-    ("overrides", "said"),
-    [
-        (["tuning=full", "model.quantization=nf4"], "nf4 weights can't be trained; leave out --full"),
-        (["memory.sharding=hybrid"], "hybrid is for --full"),
-    ],
-)
-def test_what_full_tuning_and_adapters_cannot_have(overrides, said):
-    with pytest.raises(RecipeError, match=said):
-        resolve(load_recipe(LEAST, overrides), device_type="cuda")
+def test_sharded_adapters_keep_their_base_in_4_bits_and_take_torchs_optimizer():
+    settings = dict(resolve(load_recipe(LEAST, ["memory.sharding=hybrid"]), device_type="cuda").values())
+    assert settings["model.quantization"] == "nf4"
+    assert settings["train.optimizer"] == "adamw_torch_fused"
+
+
+def test_full_tuning_cannot_have_4_bits():
+    with pytest.raises(RecipeError, match="nf4 weights can't be trained; leave out --full"):
+        resolve(load_recipe(LEAST, ["tuning=full", "model.quantization=nf4"]), device_type="cuda")

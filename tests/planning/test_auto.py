@@ -53,7 +53,9 @@ def test_on_the_cpu_layers_are_spared_recomputation_while_memory_is_plenty(
     available = layers_that_fit / 2 * kept * 2048 / 60 / auto.HOST_SHARE
     monkeypatch.setattr(auto.psutil, "virtual_memory", lambda: type("Memory", (), {"available": available}))
     recipe = trainer.recipe.replace("memory.activation_checkpointing", "auto")
-    settled = auto.settle_memory(recipe, trainer.model, longest)
+    settled = auto.settle_memory(
+        recipe, trainer.model, longest, device=torch.device("cpu"), dtype=torch.bfloat16
+    )
     assert settled.memory.activation_checkpointing == recomputed
 
 
