@@ -83,20 +83,21 @@ def runs_on(recipe: Recipe, model: Any) -> str:
 
 
 def make_accelerator(
-    sharding: str, model: Any, compute_dtype: torch.dtype | None, **options: Any
+    recipe: Recipe, model: Any, compute_dtype: torch.dtype | None, **options: Any
 ) -> Accelerator:
     """accelerate's Accelerator: plain, data-parallel, or with FSDP2 around each decoder layer and the whole.
 
     Args:
-        sharding: none; full, over all ranks; or hybrid, within each node, and replicated over nodes.
+        recipe: resolved; by memory.sharding nothing is sharded, or all over all ranks (full), or all within each node
+            and replicated over nodes (hybrid).
         compute_dtype: what sharded parameters are cast to in forward, with gradients reduced in float32; None: as is.
 
     Raises:
         RunError: where several ranks were to shard and would not.
     """
     ignore_launchers_settings()
-    # A model that is to be sharded waits in host memory, wherever it will be.
-    options["cpu"] = model.device.type == "cpu" and (sharding == "none" or not torch.cuda.is_available())
+    sharding = recipe.memory.sharding
+    options["cpu"] = runs_on(recipe, model) == "cpu"
     state = PartialState(cpu=options["cpu"])
     if sharding == "none" or state.num_processes == 1:
         return Accelerator(**options)

@@ -81,7 +81,6 @@ class Trainer:
     ):
         recipe = resolve(recipe, device_type=runs_on(recipe, model))
         self.is_full = recipe.tuning == "full"
-        cap_card(recipe.memory.budget_gib, model.device)
         self.tokenizer = tokenizer
         self.progress = progress or Progress()
 
@@ -94,12 +93,13 @@ class Trainer:
         self.dtype = train_all(model) if self.is_full else model.dtype
         casts_to = casts_of(recipe.tuning, self.dtype)
         self.accelerator = make_accelerator(
-            recipe.memory.sharding, model, casts_to,
+            recipe, model, casts_to,
             log_with=list(recipe.train.report_to) or None,
             project_config=ProjectConfiguration(recipe.output, logging_dir=str(Path(recipe.output) / "trackers")),
         )  # fmt: skip
         self.is_sharded = self.accelerator.distributed_type is DistributedType.FSDP
         self._check_ranks(recipe)
+        cap_card(recipe.memory.budget_gib, self.accelerator.device)
         self.folder = RunFolder(
             recipe.output,
             is_main=self.accelerator.is_main_process,

@@ -324,13 +324,14 @@ def test_a_port_in_use_is_one_message(job, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_what_accelerate_launch_was_told_changes_no_step(monkeypatch, caplog):
+def test_what_accelerate_launch_was_told_changes_no_step(job, monkeypatch, caplog):
     for name, value in {
         "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4", "ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_USE_FSDP": "true",
         "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR", "FSDP_OFFLOAD_PARAMS": "true",
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
-    accelerator = distributed.make_accelerator("none", SimpleNamespace(device=torch.device("cpu")), None)
+    recipe = load_recipe(changed(job["recipe"], tuning="lora", memory__sharding="none"))
+    accelerator = distributed.make_accelerator(recipe, SimpleNamespace(device=torch.device("cpu")), None)
     assert accelerator.gradient_accumulation_steps == 1
     assert accelerator.mixed_precision == "no"
     assert accelerator.distributed_type is DistributedType.NO
