@@ -7,7 +7,9 @@ from the seed and the step, so no random state is needed to go on exactly.
 """
 
 import json
+import logging
 from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -32,8 +34,11 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from qorpo.data.tokenize import ChatFormat
 from qorpo.errors import RunError
-from qorpo.training.distributed import sharded_like, whole
+from qorpo.training.distributed import Ranks, sharded_like, whole
 from qorpo.training.optim import load_optimizer_state
+from qorpo.training.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
 
 STATE = "state.json"
 SHARDS = "shards"
@@ -46,6 +51,86 @@ class TrainState:
     step: int = 0  # optimizer steps done
     best_step: int | None = None  # the step with the lowest evaluation loss so far
     best_loss: float | None = None
+
+
+class Checkpoints:
+    """A run's checkpoints, in its folder: all ranks write, finish and load them together.
+
+    Args:
+        folder: the run's.
+        model: what trains, inside of `scorer`, which may be wrapped and sharded.
+        is_full: all parameters train, and each rank writes its shards of them; else the adapter, written whole.
+        keep: so many of the latest are kept, and the best.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        model: Any,
+        scorer: Any,
+        optimizer: torch.optim.Optimizer,
+        schedule: Any,
+        ranks: Ranks,
+        *,
+        is_full: bool,
+        keep: int,
+    ):
+        self.folder, self.model, self.scorer = folder, model, scorer
+        self.optimizer, self.schedule, self.ranks = optimizer, schedule, ranks
+        self.is_full, self.keep = is_full, keep
+        # One that ranks are writing: when it is done, what then names it, and the best step it knows of.
+        self._unfinished: tuple[Future[Any], ExitStack, int | None] | None = None
+
+    def write(self, state: TrainState, folder: RunFolder | None = None) -> None:
+        """Write one; where it is sharded, `finish` ends it while training goes on.
+
+        Args:
+            folder: another view of the run's folder, for a rank that writes without waiting for the others.
+        """
+        self.finish()
+        folder, parts = folder or self.folder, (self.optimizer, self.schedule, state)
+        with ExitStack() as stack:
+            unfinished = stack.enter_context(folder.whole(folder.checkpoint(state.step)))
+            if not self.is_full:
+                save_checkpoint(unfinished, self.model, *parts, folder.is_main)
+            elif writing := save_sharded_checkpoint(unfinished, self.scorer, *parts, folder.is_main):
+                self._unfinished = writing, stack.pop_all(), state.best_step
+                return
+        folder.prune_checkpoints(self.keep, state.best_step)
+
+    def finish(self, *, wait: bool = True) -> None:
+        """Give one that is being written its name, once all ranks have written their shards."""
+        if self._unfinished is None:
+            return
+        writing, stack, best_step = self._unfinished
+        if not wait and not self.ranks.all_are(writing.done()):
+            return
+        self._unfinished = None
+        with stack:
+            writing.result()
+        self.folder.prune_checkpoints(self.keep, best_step)
+
+    def load_latest(self) -> TrainState | None:
+        """Go on from the last one; None where there is none."""
+        steps = self.folder.checkpoint_steps()
+        if not steps:
+            return None
+        latest = self.folder.checkpoint(steps[-1])
+        if self.is_full:
+            state = load_sharded_checkpoint(latest, self.scorer, self.optimizer, self.schedule)
+        else:
+            state = load_checkpoint(latest, self.model, self.optimizer, self.schedule)
+        logger.info("resumed from %s", latest)
+        return state
+
+    def load_best(self, state: TrainState) -> None:
+        """Put the weights of the best step into the model."""
+        assert state.best_step is not None
+        best = self.folder.checkpoint(state.best_step)
+        if self.is_full:
+            load_parameters(best, self.scorer)
+        else:
+            load_adapter(best, self.model)
 
 
 def save_checkpoint(

@@ -43,6 +43,7 @@ class Ranks:
 
     index: int = 0
     count: int = 1
+    device: torch.device | None = None
     keep_gradients: Any = field(default=contextlib.nullcontext)
 
     def micro_batches(
@@ -62,6 +63,14 @@ class Ranks:
         stacked = torch.stack([values[name].double() for name in sorted(values)])
         dist.all_reduce(stacked)
         return dict(zip(sorted(values), stacked.unbind(), strict=True))
+
+    def all_are(self, done: bool) -> bool:
+        """Whether it is so on every rank."""
+        if self.count == 1:
+            return done
+        found = torch.tensor(float(done), device=self.device)
+        dist.all_reduce(found)
+        return found.item() == self.count
 
 
 def shares(pairs: Sequence[TokenizedPair], count: int) -> list[list[TokenizedPair]]:
@@ -142,6 +151,7 @@ def ranks_of(accelerator: Accelerator, scorer: Any) -> Ranks:
     return Ranks(
         accelerator.process_index,
         accelerator.num_processes,
+        accelerator.device,
         keep_gradients if is_ddp else contextlib.nullcontext,
     )
 

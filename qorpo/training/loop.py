@@ -6,7 +6,6 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +31,9 @@ from qorpo.model.selfcheck import settle_mode
 from qorpo.planning.auto import advice_for, cap_card, settle_memory
 from qorpo.recipe import DataRecipe, Recipe, resolve
 from qorpo.training.checkpoint import (
+    Checkpoints,
     TrainState,
-    load_adapter,
-    load_checkpoint,
-    load_parameters,
-    load_sharded_checkpoint,
     save_adapter,
-    save_checkpoint,
-    save_sharded_checkpoint,
     save_tokenizer,
     save_whole_model,
 )
@@ -146,8 +140,10 @@ class Trainer:
         # Since the last flush: each step's totals and metrics (still on the device), and the time they took.
         self._unwritten: list[tuple[StepTotals, dict[str, Any]]] = []
         self._interval_s = 0.0
-        # A checkpoint that ranks are writing: when it is done, what then names it, and the best step it knows of.
-        self._unfinished: tuple[Future[Any], contextlib.ExitStack, int | None] | None = None
+        self.checkpoints = Checkpoints(
+            self.folder, self.model, self.scorer, self.optimizer.optimizer, self.schedule, self.ranks,
+            is_full=self.is_full, keep=recipe.train.keep_checkpoints,
+        )  # fmt: skip
 
     @staticmethod
     def _settle_model(
@@ -209,7 +205,8 @@ class Trainer:
         """
         settings, folder = self.recipe.train, self.folder
         if resume:
-            self._resume()
+            self.state = self.checkpoints.load_latest() or self.state
+            folder.cut_metrics(self.state.step or -1)
         elif folder.metrics.exists() or folder.checkpoints.exists():
             raise RunError(f"output: {folder.path} holds a run; resume it, or give another output")
         folder.wait()  # until all have looked
@@ -236,10 +233,10 @@ class Trainer:
                     eval_metrics = self._evaluate_and_log()
                     is_best = self._note_best(eval_metrics["eval_loss"])
                 if is_save or is_best:
-                    self._checkpoint()
-            self._finish_checkpoint()
+                    self.checkpoints.write(self.state)
+            self.checkpoints.finish()
             if self.state.best_step not in (None, self.total_steps):
-                self._load_best()
+                self.checkpoints.load_best(self.state)
             with folder.whole(folder.model if self.is_full else folder.adapter) as unfinished:
                 self.save(unfinished)
         finally:
@@ -331,8 +328,8 @@ class Trainer:
         if self.ranks.count == 1 or not (self.is_full or self.is_sharded):
             with contextlib.suppress(RunError):
                 if self.state.step not in folder.checkpoint_steps():
-                    self._checkpoint(folder)
-                self._finish_checkpoint()
+                    self.checkpoints.write(self.state, folder)
+                self.checkpoints.finish()
         advice = (
             f"lower memory.microbatch_tokens ({self.recipe.memory.microbatch_tokens}) or data.max_length, or take more GPUs"
             if self.is_sharded
@@ -393,7 +390,7 @@ class Trainer:
         for row in rows:
             if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
                 raise _diverged(row["step"], f"loss {row['loss']}, gradient norm {row['grad_norm']}")
-        self._finish_checkpoint(wait=False)
+        self.checkpoints.finish(wait=False)
         means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
         self.progress.logged(self.state.step, means)
         return means
@@ -416,61 +413,6 @@ class Trainer:
         if is_best:
             self.state.best_step, self.state.best_loss = self.state.step, eval_loss
         return is_best
-
-    def _checkpoint(self, folder: RunFolder | None = None) -> None:
-        """Write a checkpoint; a sharded one is finished by `_finish_checkpoint`, while training goes on."""
-        self._finish_checkpoint()
-        folder, parts = folder or self.folder, (self._plain_optimizer, self.schedule, self.state)
-        is_main = self.accelerator.is_main_process
-        writing = None
-        with contextlib.ExitStack() as stack:
-            unfinished = stack.enter_context(folder.whole(folder.checkpoint(self.state.step)))
-            if self.is_full:
-                writing = save_sharded_checkpoint(unfinished, self.scorer, *parts, is_main)
-            else:
-                save_checkpoint(unfinished, self.model, *parts, is_main)
-            if writing is not None:
-                self._unfinished = writing, stack.pop_all(), self.state.best_step
-                return
-        folder.prune_checkpoints(self.recipe.train.keep_checkpoints, self.state.best_step)
-
-    def _finish_checkpoint(self, *, wait: bool = True) -> None:
-        """Give the checkpoint that is being written its name, all ranks together, once all have written their shards."""
-        if self._unfinished is None:
-            return
-        writing, stack, best_step = self._unfinished
-        if not wait:
-            done = torch.tensor(float(writing.done()), device=self.accelerator.device)
-            if self.ranks.summed({"done": done})["done"].item() < self.ranks.count:
-                return
-        self._unfinished = None
-        with stack:
-            writing.result()
-        self.folder.prune_checkpoints(self.recipe.train.keep_checkpoints, best_step)
-
-    def _resume(self) -> None:
-        steps = self.folder.checkpoint_steps()
-        if steps:
-            latest = self.folder.checkpoint(steps[-1])
-            parts = (self._plain_optimizer, self.schedule)
-            if self.is_full:
-                self.state = load_sharded_checkpoint(latest, self.scorer, *parts)
-            else:
-                self.state = load_checkpoint(latest, self.model, *parts)
-            logger.info("resumed from %s", latest)
-        self.folder.cut_metrics(self.state.step if steps else -1)
-
-    def _load_best(self) -> None:
-        assert self.state.best_step is not None
-        best = self.folder.checkpoint(self.state.best_step)
-        if self.is_full:
-            load_parameters(best, self.scorer)
-        else:
-            load_adapter(best, self.model)
-
-    @property
-    def _plain_optimizer(self) -> torch.optim.Optimizer:
-        return self.optimizer.optimizer
 
 
 def _diverged(step: int, figures: str) -> RunError:

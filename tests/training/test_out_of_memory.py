@@ -12,6 +12,8 @@ from qorpo.data.pack import row_tokens, split_by_budget
 from qorpo.errors import RunError
 from qorpo.model.scoring import PairScorer
 from qorpo.recipe import load_recipe
+from qorpo.training.distributed import Ranks
+from qorpo.training.run_folder import RunFolder
 from qorpo.training.step import StepTooLargeError, run_step, within_memory
 
 assert ARCHITECTURES
@@ -162,6 +164,20 @@ def test_at_the_floor_a_run_ends_with_advice_and_a_checkpoint_to_go_on_from(make
     assert "the plan" in str(caught.value)
     assert str(trainer.folder.checkpoint(2)) in str(caught.value)
     again = make_trainer(train__max_steps=4, train__save_every=100, memory__microbatch_tokens=1)
-    again.folder = trainer.folder
+    again.checkpoints.folder = again.folder = trainer.folder
     again.train(resume=True)
     assert [row["step"] for row in read_metrics(trainer.folder.path) if "loss" in row] == [1, 2, 3, 4]
+
+
+def test_a_rank_of_several_leaves_its_adapter_as_a_whole_checkpoint(make_trainer):
+    """Every rank has all of it, and the one that ran out of memory need not be the first."""
+    trainer = make_trainer(train__max_steps=4, train__save_every=100)
+    trainer.ranks = Ranks(index=1, count=2)
+    trainer.checkpoints.folder = trainer.folder = RunFolder(trainer.folder.path, is_main=False)
+    trainer.state.step = 3
+    error = trainer._ended_for_memory("on rank 1 (2 GiB)")
+    assert f"{trainer.folder.checkpoint(3)} holds the run so far" in str(error)
+    again = make_trainer(train__max_steps=4, train__save_every=100)
+    again.checkpoints.folder = again.folder = RunFolder(trainer.folder.path)
+    again.train(resume=True)
+    assert [row["step"] for row in read_metrics(trainer.folder.path) if "loss" in row] == [4]

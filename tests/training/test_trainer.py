@@ -532,7 +532,7 @@ def test_gradients_are_clipped_to_the_norm_and_never_where_that_is_off(make_trai
         trainer = make_trainer(train__max_grad_norm=max_grad_norm, has_eval=False)
         stir(trainer)
         norms = []
-        trainer._plain_optimizer.register_step_pre_hook(
+        trainer.optimizer.optimizer.register_step_pre_hook(
             lambda *_: norms.append(math.sqrt(sum(w.grad.square().sum() for w in trainer.trained)))
         )
         trainer._step()
