@@ -13,6 +13,7 @@ from qorpo.model.recompute import decoder_layers
 from qorpo.model.scoring import Mode
 from qorpo.model.selfcheck import varlen_has_all
 from qorpo.planning.fake_model import make_fake_model, shortened
+from qorpo.planning.live_bytes import Peak
 from qorpo.planning.step_memory import HEAD, StepMemory, StepShape, step_memory
 from qorpo.recipe import Recipe
 
@@ -107,39 +108,34 @@ class StepCounter:
         return max(self.peaks(settings).values())
 
     def peaks(self, settings: MemorySettings) -> dict[str, int]:
-        """Bytes by stretch of the step, estimated from models of two to six layers.
+        """Bytes by stretch of the step, from `estimate`."""
+        return {name: peak.total_bytes for name, peak in self.estimate(settings).peaks.items()}
+
+    def estimate(self, settings: MemorySettings) -> StepMemory:
+        """The step of the whole model, from steps of models of its first two to six layers.
 
         Equal layers need the same each, so each stretch named by `layer_place` grows in a line with the layers that
-        are recomputed and with those that are kept. Small models, and those of unequal layers, are counted whole.
+        are recomputed and with those that are kept, and so does each kind in it. Small models, and those of unequal
+        layers, are counted whole.
         """
         recomputed, kept = settings.recomputed_layers, self.num_layers - settings.recomputed_layers
         if self.num_layers <= FEW_LAYERS or not self.can_shorten:
-            return {name: peak.total_bytes for name, peak in self.count(settings).peaks.items()}
+            return self.count(settings)
         # Sharded, a layer between others needs most: weights of the one after it are there, and of the one before it.
         most = 3 if self._shards > 1 else 2
         few_recomputed, few_kept = min(recomputed, most), min(kept, most - 1 if recomputed else most)
 
-        def of(recomputed: int, kept: int) -> dict[str, int]:
-            short = replace(settings, recomputed_layers=recomputed)
-            return {
-                name: peak.total_bytes for name, peak in self._count(short, recomputed + kept).peaks.items()
-            }
+        def of(recomputed: int, kept: int) -> StepMemory:
+            return self._count(replace(settings, recomputed_layers=recomputed), recomputed + kept)
 
-        few = of(few_recomputed, few_kept)
-        total = dict(few)
+        found = of(few_recomputed, few_kept)
         if kept > few_kept:
-            one_more = of(few_recomputed, few_kept + 1)
-            total = {
-                name: size + (kept - few_kept) * (one_more[name] - few[name]) for name, size in total.items()
-            }
+            found = _continued(found, found, of(few_recomputed, few_kept + 1), kept - few_kept)
         if recomputed > few_recomputed:
-            # Counted without kept layers, for which every number of recomputed ones comes in handy. At the peaks of
-            # kept layers all inputs are there, as in the head.
+            # Counted without kept layers, for which every number of recomputed ones comes in handy.
             one, two = of(few_recomputed, 0), of(few_recomputed + 1, 0)
-            growth = {name: two[name] - one[name] for name in one}
-            more = recomputed - few_recomputed
-            total = {name: size + more * growth.get(name, growth[HEAD]) for name, size in total.items()}
-        return total
+            found = _continued(found, one, two, recomputed - few_recomputed)
+        return found
 
     def _count(self, settings: MemorySettings, num_layers: int) -> StepMemory:
         rows = self.rows(settings)
@@ -172,6 +168,29 @@ class StepCounter:
                 self.modes = [mode]
                 return step
         raise ModelError(f"{config.model_type}: no step of this model can be planned. " + "; ".join(failures))
+
+
+def _continued(step: StepMemory, one: StepMemory, two: StepMemory, more: int) -> StepMemory:
+    """`step` with so many layers more as `two` has one more than `one`."""
+
+    def peak_of(name: str, peak: Peak) -> Peak:
+        # At the peaks of kept layers, of which there may be none in these, all inputs are there, as in the head.
+        name = name if name in one.peaks else HEAD
+        before, after = one.peaks[name].by_kind, two.peaks[name].by_kind
+        kinds = peak.by_kind.keys() | before.keys() | after.keys()
+        by_kind = {
+            kind: peak.by_kind.get(kind, 0) + more * (after.get(kind, 0) - before.get(kind, 0))
+            for kind in kinds
+        }
+        return Peak(sum(by_kind.values()), by_kind, peak.where)
+
+    def sum_of(field: str) -> int:
+        return getattr(step, field) + more * (getattr(two, field) - getattr(one, field))
+
+    return StepMemory(
+        {name: peak_of(name, peak) for name, peak in step.peaks.items()},
+        *(sum_of(field) for field in ("host_bytes", "paged_bytes", "num_layers", "traffic_bytes")),
+    )
 
 
 def likely_modes(config: PretrainedConfig, attention: str, *, on_cuda: bool) -> list[Mode]:

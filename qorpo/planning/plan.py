@@ -119,7 +119,7 @@ def read_budgets(text: str | None) -> list[float | None]:
 def _plan(recipe: Recipe, counter: StepCounter, budget_gib: float) -> Plan:
     room_bytes = int(budget_gib * GIB) - CONTEXT_BYTES
     settings = settle(recipe.memory, counter, room_bytes)
-    step = counter.count(settings)
+    step = counter.estimate(settings)
     reserved = reserved_bytes(step.peak.total_bytes)
     row_tokens = longest_row_that_fits(recipe, counter, settings.chunk_tokens, room_bytes)
     positions = getattr(counter.config.get_text_config(), "max_position_embeddings", None)

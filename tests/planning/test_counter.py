@@ -33,6 +33,22 @@ def test_the_estimate_is_the_count(recomputed, offload):
     assert counter.peak_bytes(settings) == pytest.approx(counter.count(settings).peak.total_bytes, rel=0.003)
 
 
+@pytest.mark.parametrize("settings", [MemorySettings(300, 64, 7, True), MemorySettings(300, 64, 3, False)])
+def test_the_estimate_is_the_count_in_every_part(settings):
+    counter = counter_of("lora.rank=1024")  # large enough for pages
+    estimate, count = counter.estimate(settings), counter.count(settings)
+    assert estimate.stretch == count.stretch
+    assert estimate.peak.where == count.peak.where
+    assert estimate.peak.by_kind.keys() == count.peak.by_kind.keys()
+    for kind, size in count.peak.by_kind.items():
+        assert estimate.peak.by_kind[kind] == pytest.approx(
+            size, rel=0.01, abs=0.003 * count.peak.total_bytes
+        )
+    assert count.paged_bytes > 0
+    for field in ("host_bytes", "paged_bytes", "num_layers", "traffic_bytes"):
+        assert getattr(estimate, field) == getattr(count, field)
+
+
 @pytest.mark.parametrize("recomputed", [9, 4])
 @pytest.mark.parametrize("changes", [["tuning=full"], ["memory.sharding=full"]], ids=["full", "lora"])
 def test_the_estimate_is_the_count_of_a_sharded_model(recomputed, changes):
