@@ -358,6 +358,10 @@ def test_what_keeps_ranks_from_joining_is_said(monkeypatch):
     with pytest.raises(RunError, match="4 processes were started on this machine, which has 2 GPUs"):
         this_process()
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(distributed, "PartialState", lambda **options: SimpleNamespace(num_processes=1))
+    with pytest.raises(RunError, match=r"2 processes were started \(WORLD_SIZE\), but 1 found each other"):
+        this_process()
 
     def no_nccl(**options):
         raise RuntimeError("Distributed package doesn't have NCCL built in")
