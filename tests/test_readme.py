@@ -110,7 +110,7 @@ def test_the_commands_run(workplace):
 def test_the_plan_commands_run(workplace, command, monkeypatch):
     monkeypatch.chdir(workplace)
     lines = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("qorpo plan")]
-    assert len(lines) == 3
+    assert len(lines) == 4
     for line in lines:
         words = shlex.split(line.split("#")[0])[1:]
         code, out, err = command(*words, *QUICK[:1], *QUICK[3:])
