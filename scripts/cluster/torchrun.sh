@@ -6,6 +6,8 @@
 #
 # A rank that fails ends the others; torchrun starts them again, and they go on from the last checkpoint by themselves.
 set -euo pipefail
+# PyTorch 2.13 gives ranks that were started again the store of those before them, with their old addresses in it.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 exec torchrun \
     --nnodes "${NODES:-1}" --nproc-per-node "${GPUS:-gpu}" \
     --rdzv-backend c10d --rdzv-endpoint "${HEAD:-localhost:0}" --rdzv-id "${RUN_ID:-qorpo}" \
