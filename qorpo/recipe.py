@@ -248,7 +248,7 @@ class MemoryRecipe(_Keys):
         "auto", "Memory to stay within, CUDA's own included; auto: all that is free on the card."
     )
     microbatch_tokens: AutoCount = key("auto", "Tokens in a forward pass; auto: planned, 4096 at most.")
-    logprob_chunk_tokens: AutoCount = key("auto", "Tokens with logits at once; auto: planned, 512 at most.")
+    logprob_chunk_tokens: AutoCount = key("auto", "Tokens with logits at once; auto: planned, 1024 at most.")
     activation_checkpointing: AutoLayers = key(
         "auto", "Recompute layers in backward: true, false, or how many; auto: as many as the plan needs."
     )

@@ -212,6 +212,7 @@ def test_every_way_of_attending_is_as_exact_as_the_models_own(name, mode):
 
     def logps(dtype, mode):
         scorer = PairScorer(architectures.build(name).to(DEVICE, dtype), mode)
+        scorer.fused_head = False  # nothing to compile for each of these small models
         with torch.no_grad(), scorer.attending():
             return scorer(packed).double()
 
@@ -238,6 +239,7 @@ def test_ligers_modules_are_as_exact_as_the_models_own(name):
         model = architectures.build(name).to(DEVICE, dtype)
         assert apply_liger(model, liger) is liger
         scorer = PairScorer(model, "sdpa")
+        scorer.fused_head = False
         with scorer.attending():
             logps = scorer(packed)
             logps.double().square().mean().backward()
@@ -253,8 +255,10 @@ def test_ligers_modules_are_as_exact_as_the_models_own(name):
 # --- the head ---
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["passes", "fused"])
+@pytest.mark.parametrize("head_trains", [False, True], ids=["frozen", "trained"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_the_head_on_the_gpu_is_as_exact_as_plain_pytorch(dtype):
+def test_the_head_on_the_gpu_is_as_exact_as_plain_pytorch(dtype, head_trains, fused, caplog):
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(300, 256, generator=generator).to(dtype)
     weight = (torch.randn(4000, 256, generator=generator) * 0.2).to(dtype)
@@ -262,19 +266,45 @@ def test_the_head_on_the_gpu_is_as_exact_as_plain_pytorch(dtype):
     hidden[:100] += weight[targets[:100]] * 2  # a third of the tokens are all but certain
     upstream = torch.rand(300, generator=generator, dtype=torch.float64)
 
-    def logps_and_gradient(function, device, dtype):
-        leaf = hidden.to(device, dtype).requires_grad_()
-        logps = function(leaf, weight.to(device, dtype), targets.to(device))
-        (gradient,) = torch.autograd.grad(logps, leaf, upstream.to(logps))
-        return [logps.detach().cpu(), gradient.cpu()]
+    def logps_and_gradients(function, device, dtype):
+        leaves = [
+            hidden.to(device, dtype).requires_grad_(),
+            weight.to(device, dtype).requires_grad_(head_trains),
+        ]
+        logps = function(*leaves, targets.to(device))
+        gradients = torch.autograd.grad(logps, leaves[: 1 + head_trains], upstream.to(logps))
+        return [logps.detach().cpu(), *(gradient.cpu() for gradient in gradients)]
 
-    exact = logps_and_gradient(token_logps_plain, "cpu", torch.float64)
-    plain = errors(logps_and_gradient(token_logps_plain, DEVICE, dtype), exact)
-    chunked = errors(
-        logps_and_gradient(lambda *inputs: token_logps(*inputs, chunk_tokens=128), DEVICE, dtype), exact
-    )
-    for name, error, plain_error in zip(("logps", "dh"), chunked, plain, strict=True):
+    def chunked(*inputs):
+        return token_logps(*inputs, chunk_tokens=128, fused=fused)
+
+    exact = logps_and_gradients(token_logps_plain, "cpu", torch.float64)
+    plain = errors(logps_and_gradients(token_logps_plain, DEVICE, dtype), exact)
+    found = errors(logps_and_gradients(chunked, DEVICE, dtype), exact)
+    for name, error, plain_error in zip(("logps", "dh", "dW"), found, plain, strict=False):
         assert error <= BUDGET * plain_error + 1e-7, f"{name}: {error:.2e}, plain {plain_error:.2e}"
+    assert not [record for record in caplog.records if record.name.startswith("qorpo")]
+
+
+def test_a_fused_head_holds_a_chunk_of_logits_once():
+    pytest.importorskip("triton")
+    tokens, hidden, vocab, chunk = 1024, 512, 32000, 512
+    options = {"device": DEVICE, "dtype": torch.bfloat16}
+    hidden_SH = torch.randn(tokens, hidden, **options).requires_grad_()
+    weight_VH, targets_S = (
+        torch.randn(vocab, hidden, **options),
+        torch.randint(vocab, (tokens,), device=DEVICE),
+    )
+
+    def extra_bytes():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        token_logps(hidden_SH, weight_VH, targets_S, chunk_tokens=chunk)
+        return torch.cuda.max_memory_allocated() - before
+
+    extra_bytes()  # compiles
+    rows_bytes = tokens * hidden * (2 + 4 * 4)  # the stored vectors, and what a chunk's are made from
+    assert 2 * chunk * vocab <= extra_bytes() <= 2 * chunk * vocab + rows_bytes
 
 
 # --- the optimizer ---

@@ -37,6 +37,7 @@ class PairScorer(nn.Module):
         self.model = model
         self.mode = mode
         self.chunk_tokens = chunk_tokens
+        self.fused_head: bool | None = None  # as `token_logps` has it
         self.compute_dtype: torch.dtype | None = (
             None  # what trained parameters are cast to; None: as they are
         )
@@ -104,6 +105,7 @@ class PairScorer(nn.Module):
                 token_logps(
                     hidden_1TH[0].index_select(0, predictors_S), head.weight, targets_S,
                     bias=head.bias, chunk_tokens=self.chunk_tokens, logit_scale=scale, logit_softcap=softcap,
+                    fused=self.fused_head,
                 )
             )  # fmt: skip
             return hidden_1TH[..., :0]  # what the model does to logits afterwards, it does to nothing

@@ -7,6 +7,10 @@ log-probs, dL/dh_t = dL/dlogp_t · (onehot(y_t) − softmax(z_t)) W. The vector 
 the loss: where the head is frozen, one sweep over chunks yields the log-probs and that vector (S, H), frees the
 logits, and backward is one multiplication a row. Where the head trains, backward makes each chunk's logits again
 and adds up dW in float32. Either way C·V logits are alive at once, never S·V, and the result is exact for every loss.
+
+Between a chunk's two products its logits become probabilities, which takes more time on a GPU than one would think:
+memory is slow there. `torch.compile` makes one kernel of it (`fused`), that reads the logits twice, writes once over
+them and needs no float32 copy.
 """
 
 from collections.abc import Iterator
@@ -15,6 +19,13 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+
+from qorpo.ops.softmax import (
+    fused_softmax_of_others_,
+    scaled_and_capped,
+    softmax_of_others_,
+    triton_is_installed,
+)  # fmt: skip
 
 
 class _Head(NamedTuple):
@@ -40,6 +51,7 @@ def token_logps(
     chunk_tokens: int = 256,
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
+    fused: bool | None = None,
 ) -> torch.Tensor:
     """log softmax(head(hidden))[target] of each token, computed `chunk_tokens` tokens at a time.
 
@@ -51,6 +63,8 @@ def token_logps(
         chunk_tokens: rows whose logits are held at once; changes memory and speed, never the result.
         logit_scale: factor on the logits (Cohere's `logit_scale`, 1 / Granite's `logits_scaling`).
         logit_softcap: c in c·tanh(z / c) (Gemma-2's `final_logit_softcapping`), after the scale.
+        fused: whether a chunk's logits become probabilities in one kernel, which `torch.compile` makes in the first
+            call (some seconds); None: on CUDA where Triton is installed. Where it can't be made, a warning says why.
 
     Returns:
         (S,) float32 log-probabilities (float64 for float64 hidden states).
@@ -71,8 +85,10 @@ def token_logps(
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
     head_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
+    if fused is None:
+        fused = hidden.is_cuda and triton_is_installed()
     function = _TrainedHead if head_trains and torch.is_grad_enabled() else _FrozenHead
-    return function.apply(hidden, weight, bias, targets, chunk_tokens, logit_scale, logit_softcap)
+    return function.apply(hidden, weight, bias, targets, chunk_tokens, logit_scale, logit_softcap, fused)
 
 
 def token_logps_plain(
@@ -112,20 +128,14 @@ class _FrozenHead(torch.autograd.Function):
     """One sweep: the log-probs, and the vector d logp_t / d h_t that backward multiplies by the upstream gradient."""
 
     @staticmethod
-    def forward(ctx, hidden_SH, weight_VH, bias_V, targets_S, chunk_tokens, scale, softcap):
+    def forward(ctx, hidden_SH, weight_VH, bias_V, targets_S, chunk_tokens, scale, softcap, fused):
         head = _Head(weight_VH, bias_V, scale, softcap).cast(hidden_SH.dtype)
         logps_S = hidden_SH.new_empty(len(targets_S), dtype=_accumulation_dtype(hidden_SH))
         slopes_SH = torch.empty_like(hidden_SH, dtype=logps_S.dtype) if ctx.needs_input_grad[0] else None
-        for rows, softmax in _chunks(hidden_SH, targets_S, chunk_tokens, head):
-            logps_S[rows] = softmax.logps_C
+        for rows, chunk in _chunks(hidden_SH, targets_S, chunk_tokens, head, fused):
+            logps_S[rows] = chunk.logps_C
             if slopes_SH is not None:
-                targets_C, falls_CV = targets_S[rows], softmax.falls()
-                # The target's slope weighs as much as all others together: kept out of the low-precision product,
-                # it pays for the one rounding more that a stored vector has over plain autograd's.
-                target_falls_C = _pick(falls_CV, targets_C)
-                falls_CV.scatter_(1, targets_C[:, None], 0.0)
-                others_CH = falls_CV.to(hidden_SH.dtype) @ head.weight_VH
-                slopes_SH[rows] = -others_CH - target_falls_C[:, None] * head.weight_VH[targets_C]
+                slopes_SH[rows] = chunk.misses_C[:, None] * chunk.pull(head.weight_VH)
         ctx.save_for_backward(slopes_SH)
         ctx.hidden_dtype = hidden_SH.dtype
         return logps_S
@@ -136,20 +146,20 @@ class _FrozenHead(torch.autograd.Function):
         (slopes_SH,) = ctx.saved_tensors
         # A product of low and high precision is computed in the high one; it is rounded once.
         grad_SH = (slopes_SH * upstream_S[:, None]).to(ctx.hidden_dtype)
-        return grad_SH, None, None, None, None, None, None
+        return grad_SH, None, None, None, None, None, None, None
 
 
 class _TrainedHead(torch.autograd.Function):
     """Forward keeps no logits; backward makes each chunk's again, since dW needs them with the upstream gradient."""
 
     @staticmethod
-    def forward(ctx, hidden_SH, weight_VH, bias_V, targets_S, chunk_tokens, scale, softcap):
+    def forward(ctx, hidden_SH, weight_VH, bias_V, targets_S, chunk_tokens, scale, softcap, fused):
         head = _Head(weight_VH, bias_V, scale, softcap).cast(hidden_SH.dtype)
         logps_S = hidden_SH.new_empty(len(targets_S), dtype=_accumulation_dtype(hidden_SH))
-        for rows, softmax in _chunks(hidden_SH, targets_S, chunk_tokens, head):
-            logps_S[rows] = softmax.logps_C
+        for rows, chunk in _chunks(hidden_SH, targets_S, chunk_tokens, head, fused):
+            logps_S[rows] = chunk.logps_C
         ctx.save_for_backward(hidden_SH, weight_VH, bias_V, targets_S)
-        ctx.chunk_tokens, ctx.scale, ctx.softcap = chunk_tokens, scale, softcap
+        ctx.chunk_tokens, ctx.scale, ctx.softcap, ctx.fused = chunk_tokens, scale, softcap, fused
         return logps_S
 
     @staticmethod
@@ -161,105 +171,104 @@ class _TrainedHead(torch.autograd.Function):
         grad_hidden_SH = torch.empty_like(hidden_SH) if ctx.needs_input_grad[0] else None
         grad_weight_VH = torch.zeros_like(weight_VH, dtype=wide) if ctx.needs_input_grad[1] else None
         grad_bias_V = torch.zeros_like(bias_V, dtype=wide) if ctx.needs_input_grad[2] else None
-        for rows, softmax in _chunks(hidden_SH, targets_S, ctx.chunk_tokens, head):
-            slopes_CV = softmax.falls().mul_(-upstream_S[rows, None])
-            if grad_bias_V is not None:
-                grad_bias_V += slopes_CV.sum(0)
+        for rows, chunk in _chunks(hidden_SH, targets_S, ctx.chunk_tokens, head, ctx.fused, upstream_S):
             if grad_hidden_SH is not None:
-                torch.mm(slopes_CV.to(hidden_SH.dtype), head.weight_VH, out=grad_hidden_SH[rows])
+                grad_hidden_SH[rows] = chunk.pull(head.weight_VH)
+            slopes_CV = chunk.slopes()
+            if grad_bias_V is not None:
+                grad_bias_V += slopes_CV.sum(0, dtype=wide)
             if grad_weight_VH is not None:
                 _add_outer(grad_weight_VH, slopes_CV, hidden_SH[rows])
         return (
             grad_hidden_SH,
             None if grad_weight_VH is None else grad_weight_VH.to(weight_VH.dtype),
             None if grad_bias_V is None else grad_bias_V.to(bias_V.dtype),
-            None, None, None, None,
+            None, None, None, None, None,
         )  # fmt: skip
 
 
-class _Softmax(NamedTuple):
-    """One chunk's softmax; its (C, V) memory is the next chunk's."""
+class _Chunk(NamedTuple):
+    """What one chunk gives; its (C, V) memory is the next chunk's."""
 
-    targets_C: torch.Tensor
     logps_C: torch.Tensor
-    probs_CV: torch.Tensor
-    damping_CV: torch.Tensor | None
-    scale: float
+    misses_C: torch.Tensor  # 1 − p
+    others_CV: (
+        torch.Tensor
+    )  # d logp / d (h Wᵀ + b) of every token but the target, of the other sign; see `_others`
+    targets_C: torch.Tensor
+    target_slopes_C: torch.Tensor  # that of the target
+    target_rows_CH: torch.Tensor
 
-    def falls(self) -> torch.Tensor:
-        """−d logp_target / d (h Wᵀ + b), (C, V): (p − onehot) times the scale and the cap's derivative; reuses `probs_CV`.
+    def pull(self, weight_VH: torch.Tensor) -> torch.Tensor:
+        """(C, H): the head's rows weighed by `slopes`.
 
-        The target's p − 1 is expm1(logp), exact where p is near 1, just where the odds term looks closest. One
-        tensor, cast once by the caller: two products subtracted after a cast would cancel there. The sign is left to
-        the caller, who has fewer numbers to turn.
+        The target weighs as much as all others together: kept out of the low-precision product, it pays for the one
+        rounding more that a stored vector has over plain autograd's.
         """
-        falls_CV = self.probs_CV.scatter_(1, self.targets_C[:, None], torch.expm1(self.logps_C)[:, None])
-        if self.scale != 1.0:
-            falls_CV *= self.scale
-        return falls_CV if self.damping_CV is None else falls_CV.mul_(self.damping_CV)
+        return self.target_slopes_C[:, None] * self.target_rows_CH - self.others_CV @ weight_VH
+
+    def slopes(self) -> torch.Tensor:
+        """(C, V), where `others_CV` was."""
+        slopes_CV = self.others_CV.neg_()
+        return slopes_CV.scatter_(
+            1, self.targets_C[:, None], self.target_slopes_C.to(slopes_CV.dtype)[:, None]
+        )
 
 
 def _chunks(
-    hidden_SH: torch.Tensor, targets_S: torch.Tensor, chunk_tokens: int, head: _Head
-) -> Iterator[tuple[slice, _Softmax]]:
-    """Each chunk's rows and its softmax, all chunks in the same memory: fresh pages cost a quarter of a product."""
+    hidden_SH: torch.Tensor,
+    targets_S: torch.Tensor,
+    chunk_tokens: int,
+    head: _Head,
+    fused: bool,
+    upstream_S: torch.Tensor | None = None,
+) -> Iterator[tuple[slice, _Chunk]]:
+    """Each chunk's rows and what they give, all chunks in the same memory: fresh pages cost a quarter of a product.
+
+    Where the gradient that comes from above is there, slopes carry it and 1 − p; else neither.
+    """
     wide, num_tokens = _accumulation_dtype(hidden_SH), len(targets_S)
     shape = (min(chunk_tokens, num_tokens), len(head.weight_VH))
-    product_CV = hidden_SH.new_empty(shape)
-    logits_CV = product_CV if product_CV.dtype == wide else hidden_SH.new_empty(shape, dtype=wide)
+    chunk_CV = hidden_SH.new_empty(shape)
+    wide_CV = None if fused or chunk_CV.dtype == wide else hidden_SH.new_empty(shape, dtype=wide)
     for start in range(0, num_tokens, chunk_tokens):
         rows = slice(start, min(start + chunk_tokens, num_tokens))
-        length = rows.stop - rows.start
-        yield rows, _softmax(hidden_SH[rows], targets_S[rows], head, product_CV[:length], logits_CV[:length])
-
-
-def _softmax(
-    hidden_CH: torch.Tensor,
-    targets_C: torch.Tensor,
-    head: _Head,
-    product_CV: torch.Tensor,
-    logits_CV: torch.Tensor,
-) -> _Softmax:
-    """A chunk's softmax, over `logits_CV`, where the logits were; `product_CV` may be the same tensor."""
-    if head.bias_V is None:
-        torch.mm(hidden_CH, head.weight_VH.T, out=product_CV)
-    else:
-        torch.addmm(head.bias_V, hidden_CH, head.weight_VH.T, out=product_CV)
-    if product_CV.dtype != logits_CV.dtype:
-        logits_CV.copy_(product_CV)
-        # A confident target has the largest logit and so the coarsest rounding, which is most of 1 − p's error:
-        # one dot product a row mends it.
-        target_logits_C = (hidden_CH.to(logits_CV.dtype) * head.weight_VH[targets_C]).sum(-1)
+        hidden_CH, targets_C = hidden_SH[rows], targets_S[rows]
+        logits_CV = chunk_CV[: len(targets_C)]
+        if head.bias_V is None:
+            torch.mm(hidden_CH, head.weight_VH.T, out=logits_CV)
+        else:
+            torch.addmm(head.bias_V, hidden_CH, head.weight_VH.T, out=logits_CV)
+        # A confident target has the largest logit and so, in low precision, the coarsest rounding, which is most of
+        # 1 − p's error: one dot product a row, in high precision, mends it.
+        target_rows_CH = head.weight_VH.index_select(0, targets_C)
+        target_logits_C = (hidden_CH.to(wide) * target_rows_CH).sum(-1)
         if head.bias_V is not None:
             target_logits_C += head.bias_V[targets_C]
-        logits_CV.scatter_(1, targets_C[:, None], target_logits_C[:, None])
-    if head.scale != 1.0:
-        logits_CV *= head.scale
-    damping_CV = None
-    if head.softcap is not None:
-        logits_CV.div_(head.softcap).tanh_()
-        damping_CV = logits_CV.square().neg_().add_(1.0)
-        logits_CV *= head.softcap
-    # The log-probs before the softmax takes the logits' place.
-    logps_C = _pick(logits_CV, targets_C)
-    highest_C = logits_CV.amax(-1)
-    torch.softmax(logits_CV, -1, out=logits_CV)
-    # log Σ exp(z) = max z − log max p, and max p is far from underflow: at least 1 / V.
-    logps_C = logps_C - highest_C + logits_CV.amax(-1).log_()
-    return _Softmax(targets_C, logps_C, logits_CV, damping_CV, head.scale)
+        target_logits_C, target_slopes = scaled_and_capped(target_logits_C, head.scale, head.softcap)
+        upstream_C = None if upstream_S is None else upstream_S[rows]
+        scalars = head.scale, head.softcap
+        if fused:
+            logps_C, misses_C = fused_softmax_of_others_(
+                logits_CV, targets_C, target_logits_C, upstream_C, *scalars
+            )
+        else:
+            scratch_CV = logits_CV if wide_CV is None else wide_CV[: len(targets_C)]
+            logps_C, misses_C = softmax_of_others_(
+                logits_CV, targets_C, target_logits_C, upstream_C, *scalars, scratch_CV
+            )
+        factors_C = torch.ones_like(misses_C) if upstream_C is None else misses_C * upstream_C
+        yield rows, _Chunk(logps_C, misses_C, logits_CV, targets_C, factors_C * target_slopes, target_rows_CH)
 
 
 def _add_outer(grad_weight_VH: torch.Tensor, slopes_CV: torch.Tensor, hidden_CH: torch.Tensor) -> None:
     """grad_weight += slopesᵀ hidden, a sum over tokens that no low-precision rounding interrupts."""
-    if hidden_CH.is_cuda and hidden_CH.dtype != slopes_CV.dtype:
+    if hidden_CH.is_cuda and hidden_CH.dtype != grad_weight_VH.dtype:
         # Tensor cores add up in float32; only the result would be rounded.
-        grad_weight_VH += torch.mm(slopes_CV.T.to(hidden_CH.dtype), hidden_CH, out_dtype=slopes_CV.dtype)
+        grad_weight_VH += torch.mm(slopes_CV.T, hidden_CH, out_dtype=grad_weight_VH.dtype)
     else:
-        grad_weight_VH.addmm_(slopes_CV.T, hidden_CH.to(slopes_CV.dtype))
-
-
-def _pick(values_CV: torch.Tensor, targets_C: torch.Tensor) -> torch.Tensor:
-    return values_CV.gather(1, targets_C[:, None]).squeeze(1)
+        wide = grad_weight_VH.dtype
+        grad_weight_VH.addmm_(slopes_CV.T.to(wide), hidden_CH.to(wide))
 
 
 def _accumulation_dtype(hidden: torch.Tensor) -> torch.dtype:

@@ -182,7 +182,7 @@ def _continued(step: StepMemory, one: StepMemory, two: StepMemory, more: int) ->
             kind: peak.by_kind.get(kind, 0) + more * (after.get(kind, 0) - before.get(kind, 0))
             for kind in kinds
         }
-        return Peak(sum(by_kind.values()), by_kind, peak.where)
+        return Peak(sum(by_kind.values()), {kind: size for kind, size in by_kind.items() if size}, peak.where)
 
     def sum_of(field: str) -> int:
         return getattr(step, field) + more * (getattr(two, field) - getattr(one, field))

@@ -16,6 +16,7 @@ from qorpo.data.tokenize import TokenizedPair
 from qorpo.model.masters import casts_of
 from qorpo.model.recompute import checkpoint_layers, decoder_layers
 from qorpo.model.scoring import Mode, PairScorer
+from qorpo.ops.softmax import triton_is_installed
 from qorpo.planning.fake_model import make_fake_model
 from qorpo.planning.fake_ranks import fake_ranks, shard
 from qorpo.planning.live_bytes import LiveBytes, Peak
@@ -89,6 +90,8 @@ def _step_memory(
 ) -> StepMemory:
     model, fake_mode = make_fake_model(config, recipe, shape.dtype)
     scorer = PairScorer(model, shape.attention, shape.chunk_tokens)
+    # As the run will have it: on this machine's own card, or on a card elsewhere, where Triton is taken for granted.
+    scorer.fused_head = shape.on_cuda and (triton_is_installed() or not torch.cuda.is_available())
     casts_to = casts_of(recipe.tuning, shape.dtype)
     layers = decoder_layers(model)
     num_recomputed = len(layers) if shape.recomputed_layers is None else shape.recomputed_layers

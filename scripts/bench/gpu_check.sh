@@ -73,7 +73,7 @@ run 120 gpu_check --part tests
 run 50 gpu_check --part losses
 run 60 step --shape llama-3-8b --mix pair-2x2048 --cap-gib 10
 run 60 step --shape llama-3-8b --mix packed-8192 "${cap[@]}"
-run 80 head --tokens 4096 --hidden 4096 --vocab 128256 --dtype bfloat16 --chunk-tokens 512
+run 80 head --tokens 4096 --hidden 4096 --vocab 128256 --dtype bfloat16 --chunk-tokens 1024
 if "$python" -c 'import datasets, trl' 2>/dev/null; then
     trl=(--trl-checkpointing on --trl-liger on)
     run 60 train_vs_peers --shape llama-3-8b --mix pair-2x2048 "${cap[@]}" --steps 3 --sides trl --trl-batches 1 "${trl[@]}"

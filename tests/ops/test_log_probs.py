@@ -3,6 +3,7 @@
 Legend: S scored tokens, H hidden, V vocabulary.
 """
 
+import shutil
 from collections.abc import Callable
 from functools import cache
 
@@ -12,6 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from qorpo.ops import softmax
 from qorpo.ops.log_probs import token_logps, token_logps_plain
 
 S, H, V = 12, 8, 31
@@ -85,6 +87,55 @@ def test_values_and_gradients_are_the_twins(chunk_tokens, options, trained):
     )
     plain = scored(token_logps_plain, head_inputs(trained), upstream_gradient(), **options)
     assert_same(fast, plain)
+
+
+needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="no g++ to compile for the CPU")
+
+
+@pytest.fixture
+def compiler(caplog):
+    """A compiler that has seen nothing, and a test that fails where it fails."""
+    torch.compiler.reset()
+    yield
+    assert not [record for record in caplog.get_records("call") if record.name.startswith("qorpo")]
+
+
+@needs_compiler
+@pytest.mark.parametrize("trained", [TRAINED["hidden-biased"], TRAINED["all"]], ids=["frozen", "trained"])
+@pytest.mark.parametrize("options", [HEADS["plain"], HEADS["scaled-capped"]], ids=["plain", "scaled-capped"])
+def test_fused_values_and_gradients_are_the_twins(options, trained, compiler):
+    for chunk_tokens in (CHUNKS["ragged"], CHUNKS["all"]):
+        fused = scored(
+            token_logps,
+            head_inputs(trained),
+            upstream_gradient(),
+            chunk_tokens=chunk_tokens,
+            fused=True,
+            **options,
+        )
+        plain = scored(token_logps_plain, head_inputs(trained), upstream_gradient(), **options)
+        assert_same(fused, plain)
+
+
+def test_where_nothing_can_be_compiled_a_warning_says_why_and_the_result_is_the_same(monkeypatch, caplog):
+    def no_compiler(*inputs):
+        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC")
+
+    softmax._warn_once.cache_clear()
+    monkeypatch.setattr(softmax, "_compiled", lambda: no_compiler)
+    fused = scored(token_logps, head_inputs(), upstream_gradient(), chunk_tokens=5, fused=True)
+    assert_same(fused, scored(token_logps_plain, head_inputs(), upstream_gradient()))
+    (record,) = caplog.records
+    assert record.getMessage().endswith("more time and memory: RuntimeError: Failed to find C compiler.")
+
+
+def test_out_of_memory_is_no_reason_to_take_more(monkeypatch):
+    def out_of_memory(*inputs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(softmax, "_compiled", lambda: out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        token_logps(**head_inputs(), fused=True)
 
 
 def test_the_twin_is_log_softmax_of_scaled_and_capped_logits():
@@ -297,7 +348,8 @@ def relative_error(value: torch.Tensor, exact: torch.Tensor) -> float:
 
 def assert_no_further_from_the_truth(
     hidden: torch.Tensor, head: dict[str, torch.Tensor], targets_S: torch.Tensor, *,
-    seed: int, head_trains: bool, head_dtype: torch.dtype = torch.bfloat16, chunk_tokens: int = 50, **options,
+    seed: int, head_trains: bool, head_dtype: torch.dtype = torch.bfloat16, chunk_tokens: int = 50, fused: bool = False,
+    **options,
 ):  # fmt: skip
     """Fast and plain path in bfloat16, each against float64 on the very same bfloat16 values."""
     upstream = torch.randn(len(targets_S), generator=torch.Generator().manual_seed(99 + seed))
@@ -320,7 +372,7 @@ def assert_no_further_from_the_truth(
         return scored(score, leaves | {"targets": targets_S}, upstream.to(wide))
 
     exact_S, exact = run(token_logps_plain, torch.float64, torch.float64)
-    fast_S, fast = run(token_logps, torch.bfloat16, head_dtype, chunk_tokens=chunk_tokens)
+    fast_S, fast = run(token_logps, torch.bfloat16, head_dtype, chunk_tokens=chunk_tokens, fused=fused)
     plain_S, plain = run(token_logps_plain, torch.bfloat16, head_dtype)
     assert relative_error(fast_S, exact_S) <= relative_error(plain_S, exact_S)
     assert exact.keys() == fast.keys()
@@ -340,6 +392,21 @@ def test_bfloat16_errs_no_more_than_the_plain_path_at_confident_tokens(scale, so
         hidden, {"weight": weight}, targets_S,
         seed=seed, head_trains=head_trains, logit_scale=scale, logit_softcap=softcap,
     )  # fmt: skip
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("head_trains", "scale", "softcap"),
+    [(False, 1.0, None), (True, 1.0, 40.0)],
+    ids=["frozen", "trained-capped"],
+)
+def test_fused_bfloat16_errs_no_more_than_the_plain_path(scale, softcap, head_trains, compiler):
+    for p in (0.5, 0.99, 0.99999):
+        hidden, weight, targets_S = tokens_of_probability(p, 0, scale, softcap)
+        assert_no_further_from_the_truth(
+            hidden, {"weight": weight}, targets_S,
+            seed=0, head_trains=head_trains, fused=True, logit_scale=scale, logit_softcap=softcap,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -414,6 +481,15 @@ def test_memory_grows_with_the_hidden_states_and_never_with_all_logits(dtype, he
     plain = memory_of(token_logps_plain, many, dtype, head_trains)
     assert plain.largest >= 4 * many * WATCHED_VOCAB
     assert plain.peak > 3 * large.peak
+
+
+def test_a_fused_head_holds_a_chunk_in_the_hidden_states_own_type():
+    apart, fused = (
+        memory_of(token_logps, 16, torch.bfloat16, False, chunk_tokens=WATCHED_CHUNK, fused=fused)
+        for fused in (False, True)
+    )
+    in_float32 = 4 * WATCHED_CHUNK * WATCHED_VOCAB
+    assert 0.9 * in_float32 < apart.peak - fused.peak <= in_float32
 
 
 def test_a_frozen_head_keeps_one_vector_a_token_and_needs_no_head_in_backward():

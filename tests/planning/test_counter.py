@@ -145,7 +145,7 @@ class LineCounter:
     def peaks(self, settings):
         rows, recomputed = len(self.rows(settings)), settings.recomputed_layers
         kept = rows * (20 * (10 - recomputed) + 2 * (2 if settings.offload else recomputed))
-        return {HEAD: 100 + kept + settings.chunk_tokens // 8, "backward": 100 + kept + 32 * rows}
+        return {HEAD: 100 + kept + settings.chunk_tokens // 16, "backward": 100 + kept + 32 * rows}
 
     def peak_bytes(self, settings):
         return max(self.peaks(settings).values())
@@ -153,11 +153,11 @@ class LineCounter:
 
 AUTO = MemoryRecipe()
 RUNGS = [
-    MemorySettings(4096, 512, 10, False),  # 100 + 4 · 20 + 128
-    MemorySettings(1001, 512, 10, False),  # 100 + 20 + 64, the head
-    MemorySettings(1001, 256, 10, False),  # 100 + 20 + 32, either
-    MemorySettings(1001, 128, 10, False),  # 100 + 20 + 32, backward
-    MemorySettings(1001, 128, 10, True),  # 100 + 4 + 32
+    MemorySettings(4096, 1024, 10, False),  # 100 + 4 · 20 + 128
+    MemorySettings(1001, 1024, 10, False),  # 100 + 20 + 64, the head
+    MemorySettings(1001, 512, 10, False),  # 100 + 20 + 32, either
+    MemorySettings(1001, 256, 10, False),  # 100 + 20 + 32, backward
+    MemorySettings(1001, 256, 10, True),  # 100 + 4 + 32
 ]
 
 
@@ -176,8 +176,8 @@ def test_the_ladder_saves_where_the_peak_is_and_time_last():
         (200, RUNGS[1]),
         (330, RUNGS[0]),
         # 5% stay free: 1.03 · (100 + 72 a layer kept + 80 + 128) ≤ 0.95 · 600
-        (600, MemorySettings(4096, 512, 7, False)),
-        (10_000, MemorySettings(4096, 512, 0, False)),
+        (600, MemorySettings(4096, 1024, 7, False)),
+        (10_000, MemorySettings(4096, 1024, 0, False)),
     ],
 )
 def test_the_fastest_that_fits_is_settled_on(room, expected):

@@ -93,7 +93,7 @@ def test_two_cards_of_24_gib_hold_70b_in_4_bits():
 
 def test_8b_at_twice_2048_tokens_takes_at_most_10_gib_with_every_layer_recomputed():
     counter = counter_of("meta-llama/Llama-3.1-8B", 2048)
-    step = counter.count(MemorySettings(4096, 512, 32, False))
+    step = counter.count(MemorySettings(4096, 1024, 32, False))
     assert 7 * GIB < reserved_bytes(step.peak.total_bytes) <= 10 * GIB
     assert step.peak.by_kind["base weights, nf4"] == pytest.approx(0.5 * 6.98e9, rel=0.01)
     assert step.peak.by_kind["base weights, bfloat16"] == pytest.approx(2 * 2 * 128256 * 4096, rel=0.01)
@@ -116,7 +116,7 @@ def test_32b_at_twice_2048_tokens_takes_24_gib_by_offload_alone():
     needs = [reserved_bytes(counter.peak_bytes(rung)) for rung in ladder(memory, counter)]
     assert needs[0] > room_of(24)
     settings = settle(memory, counter, room_of(24))
-    assert settings == MemorySettings(4096, 512, 64, True)
+    assert settings == MemorySettings(4096, 1024, 64, True)
     assert reserved_bytes(counter.peak_bytes(settings)) <= 23.4 * GIB
     assert fixed_settings(memory, 64, on_cuda=True).offload is False
 
@@ -161,7 +161,7 @@ def test_a_plan_by_config_alone_says_all_that_it_promises(little):
     assert plan.moment
     assert "/" in plan.where
     assert plan.memory == {
-        "budget_gib": 2, "microbatch_tokens": 4096, "logprob_chunk_tokens": 512, "activation_checkpointing": False,
+        "budget_gib": 2, "microbatch_tokens": 4096, "logprob_chunk_tokens": 1024, "activation_checkpointing": False,
         "activation_offload": False,
     }  # fmt: skip
     assert plan.largest["microbatch_tokens"] > 10_000

@@ -193,7 +193,7 @@ def test_offload_moves_layers_inputs_to_the_host(folder_of, recomputed):
     config, layers = AutoConfig.from_pretrained(folder_of("llama")), recomputed or 4
 
     def count(offload: bool):
-        shape = StepShape(ONE_PAIR, True, "varlen", 64, recomputed, offload, on_cuda=True)
+        shape = StepShape(ONE_PAIR, True, "varlen", 256, recomputed, offload, on_cuda=True)
         return step_memory(config, recipe_of(case), shape)
 
     kept, moved = count(False), count(True)
