@@ -385,6 +385,15 @@ def test_a_newer_result_takes_the_place_of_an_older_one(bench):
     ]
 
 
+def test_a_file_of_several_benches_is_read_too(bench, tmp_path):
+    table = bench("table")
+    names = ["head", "gpu_tests", "step"]
+    (tmp_path / "gpu.jsonl").write_text("".join(json.dumps({"bench": name}) + "\n" for name in names))
+    (tmp_path / "step.jsonl").write_text('{"bench": "step", "later": true}\n')
+    (tmp_path / "README.md").write_text("not a result")
+    assert table.read(tmp_path) == [{"bench": "step"}, {"bench": "step", "later": True}, {"bench": "head"}]
+
+
 def test_results_name_no_folder_of_the_machine():
     for path in (BENCH / "results").glob("*.jsonl"):
         for line in path.read_text(encoding="utf-8").splitlines():

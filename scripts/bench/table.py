@@ -32,13 +32,12 @@ def main() -> int:
 
 
 def read(folder: Path) -> list[Line]:
-    files = [folder / f"{bench}.jsonl" for bench in ROWS]
-    return [
-        json.loads(line)
-        for file in files
-        if file.exists()
-        for line in file.read_text(encoding="utf-8").splitlines()
-    ]
+    """Of all files: a bench's lines may be in one of its own, or with others', as gpu_check.sh has them."""
+    files = sorted(folder.glob("*.jsonl"))
+    lines = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    return sorted(
+        (line for line in lines if line["bench"] in ROWS), key=lambda line: list(ROWS).index(line["bench"])
+    )
 
 
 def with_table(text: str, rows: str) -> str:

@@ -471,7 +471,11 @@ def test_of_equal_evaluations_the_first_is_best(make_trainer, monkeypatch):
 
 def test_a_run_that_overshoots_ends_with_its_best(make_trainer):
     trainer = make_trainer(
-        train__learning_rate=0.1, train__schedule="constant", train__warmup_ratio=0, train__eval_every=1
+        train__learning_rate=0.1,
+        train__schedule="constant",
+        train__warmup_ratio=0,
+        train__eval_every=1,
+        train__max_steps=3,
     )
     trainer.train()
     losses = {
