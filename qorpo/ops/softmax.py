@@ -113,6 +113,7 @@ def fused_softmax_of_others_(
 
 @cache
 def _compiled() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    logger.info("compiling the output head's kernel, once; some seconds")
     return torch.compile(_functional)
 
 

@@ -97,7 +97,7 @@ def compiler(caplog):
     """A compiler that has seen nothing, and a test that fails where it fails."""
     torch.compiler.reset()
     yield
-    assert not [record for record in caplog.get_records("call") if record.name.startswith("qorpo")]
+    assert not [record for record in caplog.get_records("call") if record.levelname == "WARNING"]
 
 
 @needs_compiler

@@ -17,7 +17,7 @@ from qorpo.model.load import load_model
 from qorpo.model.recompute import checkpoint_layers, decoder_layers
 from qorpo.model.scoring import PairScorer
 from qorpo.planning.fake_model import make_fake_model
-from qorpo.planning.step_memory import CPU, StepShape, step_memory
+from qorpo.planning.step_memory import CPU, HEAD, StepShape, step_memory
 from qorpo.recipe import load_recipe, resolve
 from qorpo.training.optim import make_optimizer
 from qorpo.training.step import run_step
@@ -185,6 +185,25 @@ def test_the_stand_in_for_nf4_has_the_bytes_and_the_adapters_of_the_real_layers(
         state.state2.absmax.nbytes + state.state2.code.nbytes + state.code.nbytes + 4,
     ]
     assert [tensor.nbytes for tensor in constants] == real_bytes
+
+
+@pytest.mark.parametrize(
+    ("has_card", "has_triton", "bytes_a_logit"), [(False, False, 2), (True, True, 2), (True, False, 6)]
+)
+def test_a_chunk_of_logits_is_counted_as_the_card_holds_it(
+    folder_of, monkeypatch, has_card, has_triton, bytes_a_logit
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_card)
+    monkeypatch.setattr("qorpo.planning.step_memory.triton_is_installed", lambda: has_triton)
+    config = AutoConfig.from_pretrained(folder_of("llama"))
+
+    def head_bytes(chunk_tokens: int) -> int:
+        shape = StepShape(ONE_PAIR, True, "varlen", chunk_tokens, None, False, on_cuda=True)
+        return step_memory(config, recipe_of(CASES[0]), shape).peaks[HEAD].by_kind["head"]
+
+    more = head_bytes(200) - head_bytes(100)
+    rows = 12 * 256  # of the head and of hidden states, in float32
+    assert more == pytest.approx(100 * (bytes_a_logit * 3000 + rows), rel=0.02)
 
 
 @pytest.mark.parametrize("recomputed", [None, 2])
