@@ -65,14 +65,7 @@ def softmax_of_others_(
     return F.logsigmoid(leads_C), misses_C
 
 
-def _functional(
-    logits_CV: torch.Tensor,
-    targets_C: torch.Tensor,
-    target_logits_C: torch.Tensor,
-    upstream_C: torch.Tensor | None,
-    scale: float,
-    softcap: float | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _functional(logits_CV, targets_C, target_logits_C, upstream_C, scale, softcap):
     """`softmax_of_others_` without scratch, as a compiler wants it: of this it makes the one kernel."""
     wide_CV, slopes = scaled_and_capped(logits_CV.to(target_logits_C.dtype), scale, softcap)
     is_target_CV = torch.arange(logits_CV.shape[1], device=logits_CV.device) == targets_C[:, None]
