@@ -276,7 +276,7 @@ def test_the_head_on_the_gpu_is_as_exact_as_plain_pytorch(dtype, head_trains, fu
         return [logps.detach().cpu(), *(gradient.cpu() for gradient in gradients)]
 
     def chunked(*inputs):
-        return token_logps(*inputs, chunk_tokens=128, fused=fused)
+        return token_logps(*inputs, chunk_tokens=100, fused=fused)
 
     exact = logps_and_gradients(token_logps_plain, "cpu", torch.float64)
     plain = errors(logps_and_gradients(token_logps_plain, DEVICE, dtype), exact)

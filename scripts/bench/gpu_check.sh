@@ -69,15 +69,15 @@ run() {
     timeout "$seconds" "$python" "$root/scripts/bench/$script.py" "$@" --device cuda ${output[@]+"${output[@]}"} ||
         { echo "gpu_check: $script $* failed" >&2; failed=1; }
 }
-run 120 gpu_check --part tests
-run 50 gpu_check --part losses
-run 60 step --shape llama-3-8b --mix pair-2x2048 --cap-gib 10
-run 60 step --shape llama-3-8b --mix packed-8192 "${cap[@]}"
+run 140 gpu_check --part tests
+run 45 gpu_check --part losses
+run 55 step --shape llama-3-8b --mix pair-2x2048 --cap-gib 10
+run 55 step --shape llama-3-8b --mix packed-8192 "${cap[@]}"
 run 80 head --tokens 4096 --hidden 4096 --vocab 128256 --dtype bfloat16 --chunk-tokens 1024
 if "$python" -c 'import datasets, trl' 2>/dev/null; then
     trl=(--trl-checkpointing on --trl-liger on)
     run 60 train_vs_peers --shape llama-3-8b --mix pair-2x2048 "${cap[@]}" --steps 3 --sides trl --trl-batches 1 "${trl[@]}"
-    run 160 train_vs_peers --shape llama-3-8b --mix ultrafeedback "${cap[@]}" --steps 3 --sides qorpo,trl \
+    run 155 train_vs_peers --shape llama-3-8b --mix ultrafeedback "${cap[@]}" --steps 3 --sides qorpo,trl \
         --trl-batches 1,2 "${trl[@]}"
 else
     echo "gpu_check: TRL can't be imported; nothing was compared with it" >&2
