@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 # PEFT asks transformers by a name that is being renamed; nothing for qorpo's user to mend.
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+# As the head's kernel is compiled, PyTorch advises coarser products in float32 and Triton tells of its next version.
+warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
+warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
 # On the CPU oneDNN keeps up to 1,024 matrix products it was asked for, most of a megabyte each; packed rows differ in
 # length, so they would all be new. 48 hold what one row asks for again.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "48")
