@@ -192,11 +192,9 @@ class _Chunk(NamedTuple):
 
     logps_C: torch.Tensor
     misses_C: torch.Tensor  # 1 − p
-    others_CV: (
-        torch.Tensor
-    )  # d logp / d (h Wᵀ + b) of every token but the target, of the other sign; see `_others`
+    others_CV: torch.Tensor  # −d logp / d (h Wᵀ + b), 0 at the target
     targets_C: torch.Tensor
-    target_slopes_C: torch.Tensor  # that of the target
+    target_slopes_C: torch.Tensor  # d logp / d (h Wᵀ + b) at the target
     target_rows_CH: torch.Tensor
 
     def pull(self, weight_VH: torch.Tensor) -> torch.Tensor:
@@ -225,7 +223,7 @@ def _chunks(
 ) -> Iterator[tuple[slice, _Chunk]]:
     """Each chunk's rows and what they give, all chunks in the same memory: fresh pages cost a quarter of a product.
 
-    Where the gradient that comes from above is there, slopes carry it and 1 − p; else neither.
+    Where `upstream_S` is given, slopes are multiplied by it and by 1 − p.
     """
     wide, num_tokens = _accumulation_dtype(hidden_SH), len(targets_S)
     shape = (min(chunk_tokens, num_tokens), len(head.weight_VH))
@@ -247,16 +245,12 @@ def _chunks(
             target_logits_C += head.bias_V[targets_C]
         target_logits_C, target_slopes = scaled_and_capped(target_logits_C, head.scale, head.softcap)
         upstream_C = None if upstream_S is None else upstream_S[rows]
-        scalars = head.scale, head.softcap
+        inputs = (logits_CV, targets_C, target_logits_C, upstream_C, head.scale, head.softcap)
         if fused:
-            logps_C, misses_C = fused_softmax_of_others_(
-                logits_CV, targets_C, target_logits_C, upstream_C, *scalars
-            )
+            logps_C, misses_C = fused_softmax_of_others_(*inputs)
         else:
             scratch_CV = logits_CV if wide_CV is None else wide_CV[: len(targets_C)]
-            logps_C, misses_C = softmax_of_others_(
-                logits_CV, targets_C, target_logits_C, upstream_C, *scalars, scratch_CV
-            )
+            logps_C, misses_C = softmax_of_others_(*inputs, scratch_CV)
         factors_C = torch.ones_like(misses_C) if upstream_C is None else misses_C * upstream_C
         yield rows, _Chunk(logps_C, misses_C, logits_CV, targets_C, factors_C * target_slopes, target_rows_CH)
 
