@@ -125,8 +125,8 @@ def _(logits_CV, targets_C, target_logits_C, upstream_C, scale, softcap):
 def scaled_and_capped(
     logits: torch.Tensor, scale: float, softcap: float | None
 ) -> tuple[torch.Tensor, torch.Tensor | float]:
-    """cap·tanh(scale·logits / cap), and what a logit's change is multiplied by."""
+    """cap·tanh(scale·logits / cap), and what a logit's change is multiplied by; in place where there is no cap."""
     if softcap is None:
-        return logits if scale == 1.0 else logits * scale, scale
+        return logits if scale == 1.0 else logits.mul_(scale), scale
     tanh = torch.tanh(logits * (scale / softcap))
     return softcap * tanh, scale * (1.0 - tanh.square())
