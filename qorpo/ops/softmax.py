@@ -17,6 +17,8 @@ import torch.nn.functional as F
 
 logger = logging.getLogger(__name__)
 
+_can_compile = True  # until it was tried in vain
+
 
 @cache
 def triton_is_installed() -> bool:
@@ -93,28 +95,27 @@ def fused_softmax_of_others_(
     softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`softmax_of_others_` in one kernel, compiled in the first call, without scratch."""
+    global _can_compile
     inputs = (logits_CV, targets_C, target_logits_C, upstream_C, scale, softcap)
-    try:
-        return _compiled()(*inputs)
-    except torch.OutOfMemoryError:
-        raise
-    # Of many types: no C compiler, no Triton for this card. Nothing is computed then.
-    except Exception as error:
-        _warn_once(f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
-        return softmax_of_others_(*inputs, torch.empty_like(logits_CV, dtype=target_logits_C.dtype))
+    if _can_compile:
+        try:
+            return _compiled()(*inputs)
+        except torch.OutOfMemoryError:
+            raise
+        # Of many types: no C compiler, no Triton for this card. Nothing is computed then.
+        except Exception as error:
+            _can_compile = False  # each further try would take seconds, for every chunk
+            logger.warning(
+                "the output head's kernel could not be compiled, so it needs more time and memory: %s: %s",
+                type(error).__name__, (str(error).strip() or "no reason given").splitlines()[0],
+            )  # fmt: skip
+    return softmax_of_others_(*inputs, torch.empty_like(logits_CV, dtype=target_logits_C.dtype))
 
 
 @cache
 def _compiled() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     logger.info("compiling the output head's kernel, once; some seconds")
     return torch.compile(_functional)
-
-
-@cache
-def _warn_once(why: str) -> None:
-    logger.warning(
-        "the output head's kernel could not be compiled, so it needs more time and memory: %s", why
-    )
 
 
 @fused_softmax_of_others_.register_fake
