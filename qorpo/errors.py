@@ -23,3 +23,7 @@ class ModelError(QorpoError):
 
 class RunError(QorpoError):
     """A run folder in the way, a checkpoint that doesn't fit, a disk that is full."""
+
+
+class DamageError(QorpoError):
+    """A file that is not what was written: a flipped bit, a part that is missing; or one that belongs to something else."""

@@ -23,18 +23,21 @@ PACKAGE = Path(qorpo.__file__).parent
 # Each part of qorpo by height: it imports parts below it, and nothing beside or above it.
 HEIGHTS = {
     "errors": 0,
+    "storage": 1,
+    "manifest": 2,
     "ops": 1,
-    "data": 1,
-    "demo": 1,
     "recipe": 1,
-    "objectives": 2,
-    "model": 2,
-    "training": 3,
-    "planning": 3,
-    "merging": 3,
-    "cli": 4,
-    "__main__": 5,
-    "__init__": 5,  # the public names, resolved on first use
+    "data": 3,
+    "demo": 3,
+    "objectives": 3,
+    "model": 4,
+    "engine": 5,
+    "training": 6,
+    "planning": 6,
+    "merging": 6,
+    "cli": 7,
+    "__main__": 8,
+    "__init__": 8,  # the public names, resolved on first use
 }
 # Beside each other they may, as long as there is no circle: planning runs the training step, training may ask a plan.
 TOP = {"training", "planning", "merging"}

@@ -14,8 +14,8 @@ from qorpo.errors import DataError, QorpoError, RecipeError, RunError
 from qorpo.merging.output import (
     check_output,
     gib,
+    new_folder,
     tokenizer_folder,
-    whole_folder,
     write_card,
     write_files,
 )
@@ -31,7 +31,7 @@ from qorpo.merging.verify import (
     verify_merged,
 )
 from qorpo.recipe import ObjectiveRecipe
-from qorpo.training.run_folder import write_json
+from qorpo.storage import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +134,7 @@ def _write(
         if progress is not None:
             progress(done, plan.total_bytes)
 
-    with whole_folder(output) as folder:
+    with new_folder(output) as folder:
         with torch.no_grad():
             write_shards(folder, plan.shards, told)
         write_files(folder, base, trained, plan.config)

@@ -1,5 +1,6 @@
 """The merged model's folder: made beside its place and renamed, so that a folder of its name is always a whole one."""
 
+import glob
 import json
 import os
 import re
@@ -9,12 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import yaml
 
 from qorpo.errors import RunError
 from qorpo.merging.source import Base, Trained
-from qorpo.training.run_folder import flush, write_json
+from qorpo.storage import sweep, whole_folder, write_json
 
 MARGIN_BYTES = 64 << 20  # tokenizer, configuration, and what a file system takes for itself
 WEIGHTS = re.compile(
@@ -27,7 +27,7 @@ KEPT = re.compile(r".*\.(py|json|txt|jinja|model|tiktoken)|(LICENSE|NOTICE|USE_P
 
 
 def check_output(output: Path, needed_bytes: int) -> None:
-    """Raises RunError where the output is in the way, can't be made, or there is too little disk; sweeps leftovers."""
+    """Raises RunError where the output is in the way, can't be made, or there is too little disk."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise RunError(f"--output {output}: something is there already; give another output, or remove it")
     home = output.absolute().parent
@@ -35,7 +35,7 @@ def check_output(output: Path, needed_bytes: int) -> None:
         home = home.parent
     if not (home.is_dir() and os.access(home, os.W_OK | os.X_OK)):
         raise RunError(f"--output {output}: {home} takes no files; give another output")
-    _sweep(output)
+    sweep(output.absolute().parent, glob.escape(output.name))
     free = shutil.disk_usage(home).free
     if free < needed_bytes + MARGIN_BYTES:
         raise RunError(
@@ -45,36 +45,17 @@ def check_output(output: Path, needed_bytes: int) -> None:
 
 
 @contextmanager
-def whole_folder(output: Path) -> Iterator[Path]:
-    """A hidden folder beside `output` that takes its name once the block has ended well and all is on disk.
+def new_folder(output: Path) -> Iterator[Path]:
+    """A folder to fill that becomes `output` once the block has ended well and all is on disk.
 
     Raises:
         RunError: where it can't be written, such as on a full disk; nothing is left behind then.
     """
-    partial = output.absolute().with_name(f".{output.name}.partial-{os.getpid()}")
     try:
-        try:
-            partial.mkdir(parents=True)
-            yield partial
-            for path in [*partial.rglob("*"), partial]:
-                flush(path)
-            if output.exists():
-                output.rmdir()  # empty, as was checked; else this fails and nothing is lost
-            partial.rename(output)
-            flush(output.absolute().parent)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+        with whole_folder(output) as folder:
+            yield folder
     except OSError as error:
         raise RunError(f"--output {output}: could not be written ({error}); nothing is left of it") from error
-
-
-def _sweep(output: Path) -> None:
-    """Remove what a killed merge into the same output left."""
-    for leftover in output.absolute().parent.glob(f".{output.name}.partial-*"):
-        number = leftover.name.rpartition("-")[2]
-        if number.isdigit() and not (int(number) != os.getpid() and psutil.pid_exists(int(number))):
-            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def write_files(folder: Path, base: Base, trained: Sequence[Trained], config: dict[str, Any]) -> None:

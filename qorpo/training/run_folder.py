@@ -10,6 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from qorpo.errors import RunError
+from qorpo.storage import (
+    UNFINISHED,
+    remove_folder,
+    sweep,
+    unfinished_of,
+    whole_folder,
+    write_json,
+    write_text,
+)
 
 # Written before the first step, in this order: a kill before the last leaves no run, and nothing in a new one's way.
 FIRST_WRITTEN = ("data.json", "environment.json", "recipe.yaml")
@@ -47,7 +56,7 @@ class RunFolder:
                 f"output: {self.path} holds a run; go on with it by --resume, or give another output"
             )
         names = [path.name for path in self.path.iterdir()] if self.path.exists() else []
-        if {name.removeprefix(".").removesuffix(".unfinished") for name in names} - {*FIRST_WRITTEN}:
+        if {name.removeprefix(".").removesuffix(UNFINISHED) for name in names} - {*FIRST_WRITTEN}:
             raise RunError(f"output: {self.path} is not empty; give another output, or empty it")
         home = _existing(self.path)
         if not (home.is_dir() and os.access(home, os.W_OK | os.X_OK)):
@@ -107,41 +116,30 @@ class RunFolder:
             return
         for step in self.checkpoint_steps()[:-keep]:
             if step != best_step:
-                # Renamed first: a kill while deleting leaves no half checkpoint that looks whole.
-                doomed = self.checkpoint(step).rename(self.checkpoints / f".step-{step}.unfinished")
-                shutil.rmtree(doomed, ignore_errors=True)
-        for leftover in self.path.glob("**/.*.unfinished"):
-            shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(
-                missing_ok=True
-            )
+                remove_folder(self.checkpoint(step))
+        self.sweep()
+
+    def sweep(self) -> None:
+        """Remove what a kill left half written."""
+        if self.is_main:
+            sweep(self.path)
+            sweep(self.checkpoints)
 
     @contextmanager
     def whole(self, path: Path) -> Iterator[Path]:
         """A folder written beside its place, flushed to disk, then renamed: it appears whole or not at all."""
-        unfinished = path.with_name(f".{path.name}.unfinished")
         with self.writing():
-            if self.is_main:
-                shutil.rmtree(unfinished, ignore_errors=True)
-                unfinished.mkdir(parents=True)
-            self.wait()
             if not self.is_main:
-                yield unfinished
+                self.wait()  # until it is there
+                yield unfinished_of(path)
                 self.wait()
-                self.wait()
+                self.wait()  # until it has its name
                 return
-            try:
+            with whole_folder(path, replace=True) as unfinished:
+                self.wait()
                 yield unfinished
                 self.wait()
-                for file in (file for file in unfinished.rglob("*") if file.is_file()):
-                    flush(file)
-                if path.exists():
-                    shutil.rmtree(path)
-                unfinished.rename(path)
-                flush(path.parent)
-                self.wait()
-            except BaseException:
-                shutil.rmtree(unfinished, ignore_errors=True)
-                raise
+            self.wait()
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -178,25 +176,3 @@ def _speaks_of_a_write(error: Exception) -> bool:
 
 def _existing(path: Path) -> Path:
     return path if path.exists() else _existing(path.absolute().parent)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
-
-
-def write_json(path: Path, content: Any) -> None:
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def flush(path: Path) -> None:
-    """Have a file, or a folder's list of names, on disk before going on."""
-    if os.name == "nt" and path.is_dir():
-        return  # Windows opens no folders, and its renames last without it
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

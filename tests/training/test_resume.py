@@ -247,7 +247,7 @@ def test_the_best_before_a_kill_is_still_the_best_after(resumable, tmp_path, mon
 
 
 def test_a_half_written_checkpoint_is_passed_over_and_swept_away(resumable, reference, stopped):
-    half = stopped / "checkpoints" / ".step-8.unfinished"
+    half = stopped / "checkpoints" / ".step-8.qorpo-unfinished"
     shutil.copytree(stopped / "checkpoints" / "step-6", half)
     (half / "optimizer.pt").write_bytes(b"PK half")
     with (stopped / "metrics.jsonl").open("a") as file:

@@ -285,7 +285,7 @@ def test_a_write_cut_short_by_a_limit(command, recipe_dict, tmp_path, whole_adap
     assert f"the last good checkpoint is {run / 'checkpoints' / 'step-2'};" in message
     assert os.strerror(errno.EFBIG) in message or "inline_container" in message
     monkeypatch.undo()
-    assert not (run / "checkpoints" / ".step-4.unfinished").exists()
+    assert not (run / "checkpoints" / ".step-4.qorpo-unfinished").exists()
     code, _, err = command("train", path, "--resume")
     assert code == 0, err
     assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == whole_adapter

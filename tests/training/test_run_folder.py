@@ -49,7 +49,7 @@ def test_a_folder_with_something_in_it_is_not(folder, file):
 
 def test_what_a_kill_before_the_first_step_leaves_is_in_nobodys_way(folder):
     folder.path.mkdir(parents=True)
-    for name in ("data.json", ".environment.json.unfinished", ".recipe.yaml.unfinished"):
+    for name in ("data.json", ".environment.json.qorpo-unfinished", ".recipe.yaml.qorpo-unfinished"):
         (folder.path / name).touch()
     folder.check_free()
     with pytest.raises(RunError, match="holds no run to resume"):
@@ -119,15 +119,15 @@ def test_a_kill_inside_leaves_nothing_that_looks_whole_and_the_next_sweeps_it_aw
     )
     done = subprocess.run([sys.executable, "-c", script, str(folder.path)])
     assert done.returncode == -signal.SIGKILL
-    assert (folder.checkpoints / ".step-2.unfinished" / "a").exists()
+    assert (folder.checkpoints / ".step-2.qorpo-unfinished" / "a").exists()
     assert folder.checkpoint_steps() == [1]
 
     with folder.whole(folder.checkpoint(2)) as unfinished:
         assert list(unfinished.iterdir()) == []
         (unfinished / "b").touch()
     assert [path.name for path in folder.checkpoint(2).iterdir()] == ["b"]
-    (folder.path / ".data.json.unfinished").touch()
-    (folder.checkpoints / ".step-3.unfinished").mkdir()
+    (folder.path / ".data.json.qorpo-unfinished").touch()
+    (folder.checkpoints / ".step-3.qorpo-unfinished").mkdir()
     folder.prune_checkpoints(keep=2, best_step=None)
     assert not list(folder.path.glob("**/.*"))
     assert folder.checkpoint_steps() == [1, 2]

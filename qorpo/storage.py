@@ -1,0 +1,251 @@
+"""What qorpo writes to disk: each file and folder whole or not at all, and each run owned by one process.
+
+A file or folder is written beside its place under a name of qorpo's own, flushed, then renamed. A kill at any moment
+leaves the old one, or the new one, and a leftover that `sweep` removes. `qorpo.manifest` notices damage that comes later.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from qorpo.errors import RunError
+
+UNFINISHED = ".qorpo-unfinished"
+REPLACED = ".qorpo-replaced"
+LOCK = ".lock"
+
+
+# --- files ---
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all; it is on disk when this returns."""
+    unfinished = unfinished_of(path)
+    try:
+        with unfinished.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+        flush(path.parent)
+    except OSError:
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def flush(path: Path) -> None:
+    """Have a file, or a folder's list of names, on disk before going on."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows opens no folders, and its renames last without it
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# --- folders ---
+
+
+@contextmanager
+def whole_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A folder to fill, which takes its name `path` once the block has ended well and all is on disk.
+
+    Args:
+        path: its place. What stands there is kept until the new one is whole.
+        replace: a folder that stands there is replaced; else only an empty one may.
+
+    Raises:
+        RunError: where another process is writing the same folder. OSError: where it can't be written; nothing is left
+            of it then.
+    """
+    path = path.absolute()
+    unfinished = unfinished_of(path)
+    with _owned(unfinished):
+        try:
+            yield unfinished
+            mode = unfinished.stat().st_mode & 0o666
+            for entry in [*unfinished.rglob("*"), unfinished]:
+                if entry.is_file() and not entry.is_symlink():
+                    entry.chmod(mode)  # some libraries make files that the owner alone may read
+                flush(entry)
+            _put(unfinished, path, replace)
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+
+
+def _put(unfinished: Path, path: Path, replace: bool) -> None:
+    if path.exists() and not replace:
+        path.rmdir()  # only an empty folder goes
+    if not path.exists():
+        unfinished.rename(path)
+        flush(path.parent)
+        return
+    replaced = _beside(path, REPLACED)
+    shutil.rmtree(replaced, ignore_errors=True)
+    path.rename(replaced)
+    try:
+        unfinished.rename(path)
+    except OSError:
+        replaced.rename(path)
+        raise
+    flush(path.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextmanager
+def _owned(folder: Path) -> Iterator[None]:
+    """An empty folder that this process alone fills."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = _lock(folder)
+        if descriptor is None:
+            raise RunError(f"{folder}: another process is writing it; wait for it to end")
+        if descriptor < 0 or _is_at(folder, descriptor):
+            break
+        os.close(descriptor)  # whoever had it gave it its final name meanwhile
+    try:
+        for entry in folder.iterdir():
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+        yield
+    finally:
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+def sweep(folder: Path, name: str = "*") -> None:
+    """Remove what a kill left in a folder, and only what qorpo made; a folder that was being replaced comes back.
+
+    Args:
+        name: of what was being written; all by default.
+    """
+    if not folder.is_dir():
+        return
+    for leftover in sorted(folder.glob(f".{name}{REPLACED}")):
+        path = leftover.with_name(leftover.name[1 : -len(REPLACED)])
+        if path.exists():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.rename(path)
+    for leftover in folder.glob(f".{name}{UNFINISHED}"):
+        if not leftover.is_dir():
+            leftover.unlink(missing_ok=True)
+        elif (descriptor := _lock(leftover)) is not None:
+            shutil.rmtree(leftover, ignore_errors=True)
+            if descriptor >= 0:
+                os.close(descriptor)
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether a file or folder is what a kill left of one that qorpo was writing."""
+    return path.name.startswith(".") and path.name.endswith((UNFINISHED, REPLACED))
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder; a kill while its files go leaves no half of it that looks whole."""
+    doomed = unfinished_of(folder)
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def unfinished_of(path: Path) -> Path:
+    """Where a file or folder is written before it takes its name."""
+    return _beside(path, UNFINISHED)
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    return path.with_name(f".{path.name}{suffix}")
+
+
+# --- owners ---
+
+
+class Lock:
+    """One owner at a time of a folder, held through the operating system: a death releases it.
+
+    `.lock` in the folder says who holds it. Works between processes of one machine, and of several where their file
+    system shares locks.
+    """
+
+    def __init__(self, folder: Path):
+        self.path = folder / LOCK
+        self._descriptor: int | None = None
+
+    def take(self) -> None:
+        """Raises RunError where another process has it, and says which."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.touch()
+        descriptor = _lock(self.path)
+        if descriptor is None:
+            raise RunError(
+                f"{self.path.parent}: in use by {self._holder()}; wait for it to end, or stop it, then try again"
+            )
+        self._descriptor = descriptor
+        with contextlib.suppress(OSError):  # who has it is for a message alone
+            started = time.strftime("%Y-%m-%d %H:%M:%S")
+            self.path.write_text(
+                json.dumps({"process": os.getpid(), "host": socket.gethostname(), "since": started}) + "\n",
+                encoding="utf-8",
+            )
+
+    def release(self) -> None:
+        if self._descriptor is not None:
+            if self._descriptor >= 0:
+                os.close(self._descriptor)
+            self._descriptor = None
+
+    def __enter__(self) -> "Lock":
+        self.take()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def _holder(self) -> str:
+        try:
+            found = json.loads(self.path.read_text(encoding="utf-8"))
+            return f"process {found['process']} on {found['host']} since {found['since']}"
+        except (OSError, ValueError, KeyError, TypeError):
+            return "another process"
+
+
+def _lock(path: Path) -> int | None:
+    """A descriptor that holds the file or folder until it is closed; None where another process has it.
+
+    -1 where the system or file system has no such locks: then nothing is held.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return -1
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    except OSError:
+        os.close(descriptor)
+        return -1
+    return descriptor
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
