@@ -358,16 +358,17 @@ class TokenizedPairs(Sequence[TokenizedPair]):
         """(P, 3) token counts of prompt, chosen and rejected."""
         import pyarrow.compute
 
-        return self._columns(
-            [pyarrow.compute.list_value_length(self._table[f"{side}_ids"]) for side in _SIDES]
-        )
+        columns = [pyarrow.compute.list_value_length(self._table[f"{side}_ids"]) for side in _SIDES]
+        return self._columns(columns, np.int64)
 
     def cuts(self) -> np.ndarray:
         """(P, 3) whether prompt, chosen and rejected were cut."""
-        return self._columns([self._table[f"{side}_cut"] for side in _SIDES])
+        return self._columns([self._table[f"{side}_cut"] for side in _SIDES], np.bool_)
 
-    def _columns(self, columns: list[Any]) -> np.ndarray:
-        return np.stack([column.to_numpy()[self._rows] for column in columns], axis=1)
+    def _columns(self, columns: list[Any], dtype: type) -> np.ndarray:
+        # Rows first: a dropped row is null, and a column with a null becomes floats or objects.
+        taken = [column.take(self._rows).to_numpy() for column in columns]
+        return np.stack(taken, axis=1).astype(dtype, casting="safe")
 
 
 def largest_token_id(pairs: Sequence[TokenizedPair]) -> int:

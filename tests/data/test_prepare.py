@@ -11,7 +11,7 @@ from tiny import make_tokenizer
 
 from qorpo.data import prepare
 from qorpo.data.filters import prompt_key
-from qorpo.data.prepare import largest_token_id, prepare_pairs
+from qorpo.data.prepare import largest_token_id, longest_pair, prepare_pairs
 from qorpo.data.shapes import Layout
 from qorpo.data.sources import Source, load_pairs
 from qorpo.data.tokenize import ChatFormat, Limits, tokenize_pairs
@@ -70,6 +70,20 @@ def test_tokens_on_disk_are_those_in_memory(source, chat, tmp_path, monkeypatch,
     assert np.array_equal(found.cuts(), [[getattr(p, f"{s}_cut") for s in sides] for p in expected])
     with pytest.raises(IndexError):
         found[len(found)]
+
+
+@pytest.mark.parametrize("eval", [None, 0.3])
+def test_dropped_pairs_leave_counts_whole_numbers(source, chat, tmp_path, eval):
+    """A dropped pair is a null row of the table, which turns a column of counts into floats."""
+    data = prepared(source, eval, chat, tmp_path)
+    for pairs, report in filter(None, (data.train, data.eval)):
+        assert report.dropped["prompt_too_long"] > 0
+        assert pairs.lengths().dtype == np.int64
+        assert pairs.cuts().dtype == np.bool_
+        assert all(type(length) is int for length in longest_pair(pairs))
+        assert longest_pair(pairs) == longest_pair(list(pairs))
+        counted = [count for side in report.tokens.values() for count in (side["total"], side["max"])]
+        assert all(type(count) is int for count in [*counted, *report.cut.values()])
 
 
 def test_a_fraction_is_split_off_by_prompt(source, chat, tmp_path):
