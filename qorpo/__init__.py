@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # What the libraries underneath have to hear before they are imported:
 # bitsandbytes warns of a kernel for inference that has no autograd; qorpo keeps it out of training.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-# PEFT asks transformers by a name that is being renamed; nothing for qorpo's user to mend.
+# PEFT asks transformers by a name that is being renamed; nothing for qorpo's user to fix.
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
 # As the head's kernel is compiled, PyTorch advises coarser products in float32 and Triton tells of its next version.
 warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")

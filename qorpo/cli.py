@@ -100,10 +100,10 @@ def data(
     """Say what a recipe's data holds: kept, dropped and why, lengths, and pairs as the model sees them."""
     _log_to(Console(stderr=True), logging.WARNING)
     _quiet_bars_where_no_terminal()
+    from qorpo.build import chat_format_of, load_data
     from qorpo.data.inspect import as_dict, show_pairs
     from qorpo.data.report import draw, save
     from qorpo.recipe import load_recipe
-    from qorpo.training.data import chat_format_of, load_data
 
     settings = load_recipe(recipe, overrides or [])
     chat = chat_format_of(settings)
@@ -158,8 +158,8 @@ def merge(
     console = Console(stderr=True)
     _log_to(console)
     _quiet_bars_where_no_terminal()
+    from qorpo.merging.bytes_written import bytes_written
     from qorpo.merging.merge import merge as run
-    from qorpo.merging.progress import bytes_written
 
     try:
         with bytes_written(console) as progress:
@@ -201,7 +201,7 @@ def plan(
 ) -> None:
     """Say whether a recipe's training fits a card, and what to change if not; needs no GPU, weights or data."""
     from qorpo.planning.plan import plan_budgets, read_budgets
-    from qorpo.planning.report import summary, table
+    from qorpo.planning.summary import summary, table
 
     changes = [argument for argument in recipes if "=" in argument]
     overrides = [*changes, *FULL] if full else changes
@@ -219,7 +219,7 @@ def plan(
 
 
 def main() -> None:
-    """Run the command line: 2 for what the user can mend, 1 for a fault of qorpo's own, 130 when interrupted."""
+    """Run the command line: 2 for what the user can fix, 1 for a fault of qorpo's own, 130 when interrupted."""
     try:
         app()
     except QorpoError as error:

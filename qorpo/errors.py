@@ -1,4 +1,4 @@
-"""What can go wrong that a person can mend, by kind. Each message names the place, the value and the remedy.
+"""What can go wrong that a person can fix, by kind. Each message names the place, the value and the remedy.
 
 The command line turns a QorpoError into one message and exit code 2; anything else is a fault of qorpo's own
 and exits with 1.

@@ -96,7 +96,7 @@ Columns = Annotated[
 ]
 
 Quantization = Literal["nf4", "none", "auto"]
-Attention = Literal["auto", "flash", "varlen", "sdpa", "dense", "unshared"]
+Attention = Literal["auto", "flash", "varlen", "sdpa", "dense", "separate"]
 Tuning = Literal["lora", "full"]
 Sharding = Literal["auto", "none", "full", "hybrid"]
 OnBadRecord = Literal["fail", "skip"]
@@ -489,7 +489,7 @@ def resolve(
     installed: Callable[[str], bool] | None = None,
 ) -> Recipe:
     """A copy with every `auto` replaced but those of model.attention, memory and (where it may be) model.liger, which
-    are settled as the model loads.
+    are resolved as the model loads.
 
     `device_type` is torch's ("cuda", "cpu", …). `installed` tells whether a module can be imported. Raises RecipeError where the recipe needs one that can't.
     """

@@ -19,7 +19,7 @@ os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 import pytest  # noqa: E402
-from tiny import make_base, preference_records, short_recipe, write_records  # noqa: E402
+from helpers.tiny import make_base, preference_records, short_recipe, write_records  # noqa: E402
 
 
 @pytest.fixture(scope="session")

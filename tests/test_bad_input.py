@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
-from tiny import changed, preference_records, write_records
+from helpers.tiny import changed, preference_records, write_records
 
 Refused = Callable[..., str]
 

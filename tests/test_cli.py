@@ -10,7 +10,7 @@ import time
 
 import pytest
 import yaml
-from tiny import changed, read_metrics
+from helpers.tiny import changed, read_metrics
 
 from qorpo.errors import RecipeError
 

@@ -5,15 +5,15 @@ Error budgets are against float64: a kernel in bfloat16 may be off by 1.5 times 
 
 import gc
 import importlib.util
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import architectures
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qorpo.data.pack import PackedPairs, pack_pairs
 from qorpo.data.tokenize import TokenizedPair
+from qorpo.engine.optim import load_optimizer_state, make_optimizer
 from qorpo.errors import ModelError
 from qorpo.model.adapters import attach_lora
 from qorpo.model.attention import PackedLayout, dense_mask, packed_attention
@@ -23,10 +23,6 @@ from qorpo.model.scoring import PairScorer
 from qorpo.model.selfcheck import make_scorer
 from qorpo.ops.log_probs import token_logps, token_logps_plain
 from qorpo.recipe import load_recipe
-from qorpo.training.optim import load_optimizer_state, make_optimizer
-
-sys.path.insert(0, str(Path(__file__).parent / "model"))
-import architectures
 
 pytestmark = [
     pytest.mark.gpu,
@@ -165,7 +161,7 @@ def pairs():
 
 def adapter_gradients(scorer, packed) -> torch.Tensor:
     """Of every adapter weight in one vector; B is moved off zero first, so that A has a gradient."""
-    with scorer.attending():
+    with scorer.packed_attention():
         loss = -scorer(packed).double().mean()
         loss.backward()
     trained = [p for p in scorer.parameters() if p.requires_grad]
@@ -184,7 +180,7 @@ def test_nf4_gradients_stay_the_same_after_an_evaluation(base_folder, pairs):
     scorer = make_scorer(model, "sdpa").train()
     before = adapter_gradients(scorer, pairs)
     scorer.eval()
-    with torch.no_grad(), scorer.attending():
+    with torch.no_grad(), scorer.packed_attention():
         scorer(pairs)
     scorer.train()
     after = adapter_gradients(scorer, pairs)
@@ -199,7 +195,7 @@ def test_a_model_scores_the_same_by_every_kernel(base_folder, pairs, kernel):
         logps = {}
         for mode in ("sdpa", kernel):
             scorer = make_scorer(model, mode)
-            with scorer.attending():
+            with scorer.packed_attention():
                 logps[mode] = scorer(pairs)
     assert (logps["sdpa"] - logps[kernel]).abs().mean().item() < 0.05
 
@@ -214,11 +210,11 @@ def test_every_way_of_attending_is_as_exact_as_the_models_own(name, mode):
     def logps(dtype, mode):
         scorer = PairScorer(architectures.build(name).to(DEVICE, dtype), mode)
         scorer.fused_head = False  # nothing to compile for each of these small models
-        with torch.no_grad(), scorer.attending():
+        with torch.no_grad(), scorer.packed_attention():
             return scorer(packed).double()
 
-    exact = logps(torch.float64, "unshared")
-    plain = (logps(torch.bfloat16, "unshared") - exact).norm()
+    exact = logps(torch.float64, "separate")
+    plain = (logps(torch.bfloat16, "separate") - exact).norm()
     try:
         found = logps(torch.bfloat16, mode)
     except ModelError as error:
@@ -241,7 +237,7 @@ def test_ligers_modules_are_as_exact_as_the_models_own(name):
         assert apply_liger(model, liger) is liger
         scorer = PairScorer(model, "sdpa")
         scorer.fused_head = False
-        with scorer.attending():
+        with scorer.packed_attention():
             logps = scorer(packed)
             logps.double().square().mean().backward()
         return [logps.detach(), torch.cat([weight.grad.flatten().double() for weight in model.parameters()])]
@@ -373,7 +369,7 @@ def middling_trainer(tmp_path, liger=False, **memory):
 
     Its modules are its own by default: those are what a plan counts.
     """
-    from tiny import make_tokenizer
+    from helpers.tiny import make_tokenizer
 
     from qorpo.data.records import DataReport
     from qorpo.data.tokenize import Tokenized
@@ -460,7 +456,7 @@ def test_no_step_waits_for_the_device_but_in_the_optimizer(tmp_path, monkeypatch
 
 
 def test_offload_changes_no_loss_and_no_gradient_and_takes_the_inputs_off_the_card(tmp_path):
-    from qorpo.training.step import run_step
+    from qorpo.engine.step import run_step
 
     found, peaks = [], []
     for offload in (False, True):
@@ -469,7 +465,7 @@ def test_offload_changes_no_loss_and_no_gradient_and_takes_the_inputs_off_the_ca
         )
         fresh_card()
         trainer.model.train()
-        with trainer._unwrapped.attending():
+        with trainer._unwrapped.packed_attention():
             means = run_step(
                 trainer.scorer, trainer.train_pairs, trainer.recipe.objective, backward=torch.Tensor.backward,
                 microbatch_tokens=2000, device=DEVICE,

@@ -1,6 +1,6 @@
 """Imports point one way, and what is to answer at once imports no torch.
 
-cli → training (planning, merging) → model, objectives → ops, data → errors. The imports are read from the source,
+cli → training, merging → planning → engine, build → model → objectives, data → ops → errors. The imports are read from the source,
 those inside functions too, so nothing is missed that only runs where a GPU is.
 """
 
@@ -24,25 +24,24 @@ PACKAGE = Path(qorpo.__file__).parent
 HEIGHTS = {
     "errors": 0,
     "storage": 1,
-    "manifest": 2,
-    "ops": 1,
     "recipe": 1,
+    "ops": 1,
+    "manifest": 2,
     "data": 3,
     "demo": 3,
     "objectives": 3,
     "model": 4,
+    "build": 5,
     "engine": 5,
-    "training": 6,
     "planning": 6,
-    "merging": 6,
-    "cli": 7,
-    "__main__": 8,
-    "__init__": 8,  # the public names, resolved on first use
+    "training": 7,
+    "merging": 7,
+    "cli": 8,
+    "__main__": 9,
+    "__init__": 9,  # the public names, resolved on first use
 }
-# Beside each other they may, as long as there is no circle: planning runs the training step, training may ask a plan.
-TOP = {"training", "planning", "merging"}
 # A recipe belongs to who runs it; what computes takes tensors, floats and pairs.
-READERS_OF_RECIPES = {"recipe", "training", "planning", "merging", "cli", "__init__"}
+READERS_OF_RECIPES = {"recipe", "build", "engine", "planning", "training", "merging", "cli", "__init__"}
 
 MODEL_LIBRARIES = {
     "torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "tokenizers", "trl",
@@ -169,7 +168,6 @@ def test_imports_point_down():
         found
         for found in IMPORTS
         if found.target_part not in (None, found.part)
-        and not {found.part, found.target_part} <= TOP
         and HEIGHTS.get(found.target_part, 99) >= HEIGHTS[found.part]
     ]
     assert not wrong, listed(wrong)
@@ -183,10 +181,9 @@ def test_parts_and_modules_form_no_circle():
         for path in FILES
     }
     for found in IMPORTS:
-        if found.target_part not in (None, found.part) and not {found.part, found.target_part} <= TOP:
+        if found.target_part not in (None, found.part):
             parts.setdefault(found.part, set()).add(found.target_part)
-        # Parts at the top may know each other both ways, so there their modules are held to it, come when they may.
-        if found.target in names and (not found.is_delayed or found.part in TOP):
+        if found.target in names and not found.is_delayed:
             name = ".".join(["qorpo", *Path(found.module).with_suffix("").parts]).removesuffix(".__init__")
             modules.setdefault(name, set()).add(found.target)
     # Raise CycleError, naming the circle.

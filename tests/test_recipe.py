@@ -480,16 +480,16 @@ def test_offload_needs_a_cuda_device():
     ],
 )
 def test_ligers_modules_need_cuda_and_two_packages(device_type, missing, reason):
-    def settled(liger):
+    def resolved(liger):
         recipe = load_recipe(LEAST, [f"model.liger={liger}"])
         return resolve(
             recipe, device_type=device_type, installed=lambda module: module != missing
         ).model.liger
 
-    assert settled("auto") is False
-    assert settled("false") is False
+    assert resolved("auto") is False
+    assert resolved("false") is False
     with pytest.raises(RecipeError, match=rf"model\.liger: true needs {reason}; set it to auto"):
-        settled("true")
+        resolved("true")
 
 
 def test_resolve_keeps_what_was_said():

@@ -87,7 +87,7 @@ def _read_lines(file: BinaryIO, name: str) -> Iterator[Found]:
             at = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
             yield (
                 where,
-                BadRecord("not_json", f"not JSON ({at}); expected one record a line", "mend the line"),
+                BadRecord("not_json", f"not JSON ({at}); expected one record a line", "fix the line"),
             )
 
 
@@ -135,7 +135,7 @@ def _read_table(file: BinaryIO, name: str) -> Iterator[Found]:
         try:
             row = next(rows, None)
         except csv.Error as error:
-            yield f"{name}:{rows.line_num}", BadRecord("not_csv", f"not CSV ({error})", "mend the line")
+            yield f"{name}:{rows.line_num}", BadRecord("not_csv", f"not CSV ({error})", "fix the line")
             continue
         if row is None:
             return

@@ -29,21 +29,21 @@ class Lengths:
 class Statistics:
     """A set of tokenized pairs in numbers.
 
-    `row_tokens` are the tokens to compute with each prompt once, `unshared_tokens` with it twice. `chosen_longer`,
+    `row_tokens` are the tokens to compute with each prompt once, `separate_tokens` with it twice. `chosen_longer`,
     `equally_long`: shares of the pairs, by tokens; a chosen side that is mostly longer teaches length.
     """
 
     pairs: int
     lengths: dict[str, Lengths]
     row_tokens: int
-    unshared_tokens: int
+    separate_tokens: int
     chosen_longer: float
     equally_long: float
 
     @property
     def saved_by_sharing(self) -> float:
         """The share of tokens that need not be computed."""
-        return 1 - self.row_tokens / self.unshared_tokens
+        return 1 - self.row_tokens / self.separate_tokens
 
 
 def statistics(pairs: TokenizedPairs) -> Statistics:
@@ -56,7 +56,7 @@ def statistics(pairs: TokenizedPairs) -> Statistics:
         pairs=len(lengths),
         lengths={name: _lengths(counts, edges) for name, counts in zip(SIDES, lengths.T, strict=True)},
         row_tokens=int(lengths.sum()),
-        unshared_tokens=int(lengths.sum() + prompt.sum()),
+        separate_tokens=int(lengths.sum() + prompt.sum()),
         chosen_longer=round(float((chosen > rejected).mean()), 4),
         equally_long=round(float((chosen == rejected).mean()), 4),
     )

@@ -37,7 +37,7 @@ class PreferencePair:
 class BadRecord(ValueError):  # noqa: N818 (a finding, yielded as often as it is raised)
     """A record readable as no shape: `reason` counts it, the text says what was found, and `remedy` what to do."""
 
-    def __init__(self, reason: str, text: str, remedy: str = "mend the record"):
+    def __init__(self, reason: str, text: str, remedy: str = "fix the record"):
         super().__init__(text)
         self.reason = reason
         self.remedy = remedy

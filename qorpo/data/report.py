@@ -121,7 +121,7 @@ def _reasons(title: str, counts: Mapping[str, int], examples: Mapping[str, list[
 
 def _numbers(found: Statistics) -> Iterator[RenderableType]:
     yield Text(
-        f"{found.row_tokens:,} tokens with each prompt once; twice it would be {found.unshared_tokens:,}: "
+        f"{found.row_tokens:,} tokens with each prompt once; twice it would be {found.separate_tokens:,}: "
         f"{found.saved_by_sharing:.0%} saved"
     )
     biased = not 0.4 <= found.chosen_longer + found.equally_long / 2 <= 0.6

@@ -396,7 +396,7 @@ def _problems_text(files: Sequence[RecordFile], read: int, problems: list[tuple[
     counts = Counter(problem.reason for _, problem in problems).most_common()
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts)
     lines = [
-        f"{len(problems):,} of {read:,} records of {_named(files)} can't be read ({reasons}); mend them, {skip}:"
+        f"{len(problems):,} of {read:,} records of {_named(files)} can't be read ({reasons}); fix them, {skip}:"
     ]
     lines += [f"{where}: {problem}; {problem.remedy}" for where, problem in shown]
     if len(problems) > len(shown):

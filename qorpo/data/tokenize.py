@@ -166,11 +166,11 @@ class ChatFormat:
             whole = self._render((question, {"role": "assistant", "content": _PROBE}))
         except (TemplateError, TypeError, ValueError) as error:
             raise DataError(
-                f"the chat template can't write a question and its answer ({error}); {_MEND}"
+                f"the chat template can't write a question and its answer ({error}); {_FIX}"
             ) from error
         if not whole.startswith(prompt) or _PROBE not in whole:
             raise DataError(
-                f"the chat template writes an answered question not as its prompt and the answer; {_MEND}"
+                f"the chat template writes an answered question not as its prompt and the answer; {_FIX}"
             )
         before, _, after = whole[len(prompt) :].partition(_PROBE)
         if before.strip() and not has_generation_prompt:
@@ -233,7 +233,7 @@ class ChatFormat:
         return [list(map(share, ids, ids)) for ids in encoded]
 
 
-_MEND = "mend it, or give another in model.chat_template"
+_FIX = "fix it, or give another in model.chat_template"
 
 
 def tokenize_pairs(pairs: Sequence[PreferencePair], chat_format: ChatFormat, limits: Limits) -> Tokenized:

@@ -11,6 +11,7 @@ import torch
 
 from qorpo.data.tokenize import TokenizedPair
 from qorpo.errors import DataError, QorpoError, RecipeError, RunError
+from qorpo.merging.outline import Onto, Plan, make_plan
 from qorpo.merging.output import (
     check_output,
     gib,
@@ -19,7 +20,6 @@ from qorpo.merging.output import (
     write_card,
     write_files,
 )
-from qorpo.merging.plan import Onto, Plan, make_plan
 from qorpo.merging.shards import write_shards
 from qorpo.merging.source import Base, Trained, find_base, find_trained
 from qorpo.merging.verify import (
@@ -39,7 +39,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 MAX_SHARD_BYTES = 5 * 10**9
 
 Progress = Callable[[int, int], None]
-"""Told of (bytes done, bytes in all) as a merge goes."""
+"""Called with (bytes done, bytes in all) as a merge goes."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def merge(
         allow_pickle: also read .bin weights (by torch's weights-only reader).
 
     Raises:
-        QorpoError: what the user can mend, before anything is written where that can be known.
+        QorpoError: what the user can fix, before anything is written where that can be known.
     """
     if dtype is not None and dtype not in DTYPES:
         raise RecipeError(f"--dtype: got {dtype!r}; expected {', '.join(DTYPES)}")
@@ -128,7 +128,7 @@ def _write(
 ) -> None:
     done = 0
 
-    def told(num_bytes: int) -> None:
+    def on_progress(num_bytes: int) -> None:
         nonlocal done
         done += num_bytes
         if progress is not None:
@@ -136,7 +136,7 @@ def _write(
 
     with new_folder(output) as folder:
         with torch.no_grad():
-            write_shards(folder, plan.shards, told)
+            write_shards(folder, plan.shards, on_progress)
         write_files(folder, base, trained, plan.config)
         write_card(folder, base, trained, onto)
 

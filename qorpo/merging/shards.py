@@ -263,8 +263,8 @@ def plan_shards(tensors: Iterable[Planned], max_bytes: int) -> list[Shard]:
     ]
 
 
-def write_shards(folder: Path, shards: list[Shard], told: Callable[[int], None]) -> None:
-    """Write shards and their index, each flushed to disk; `told` hears of bytes as they are handed over.
+def write_shards(folder: Path, shards: list[Shard], on_progress: Callable[[int], None]) -> None:
+    """Write shards and their index, each flushed to disk; `on_progress` hears of bytes as they are handed over.
 
     One thread computes blocks, one writes them, and one flushes what was written, so that the disk never waits.
     """
@@ -276,7 +276,7 @@ def write_shards(folder: Path, shards: list[Shard], told: Callable[[int], None])
                 for _, values in tensor.blocks():
                     data = values.to(tensor.dtype).contiguous().reshape(-1).view(torch.uint8).numpy()
                     writer.write(file, data.data)
-                    told(data.nbytes)
+                    on_progress(data.nbytes)
             writer.finish(file)
     if len(shards) > 1:
         index = {

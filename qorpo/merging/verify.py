@@ -15,9 +15,11 @@ import torch.nn.functional as F
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
+from qorpo.build import limits_of, load_data
 from qorpo.data.pack import row_tokens
 from qorpo.data.sources import load_pairs
 from qorpo.data.tokenize import ChatFormat, TokenizedPair, tokenize_pairs
+from qorpo.engine.step import run_step
 from qorpo.merging.adapter import Adapter
 from qorpo.merging.source import Base
 from qorpo.model.adapters import compute_in_base_type, output_head
@@ -26,8 +28,6 @@ from qorpo.model.scoring import PairScorer, logit_scale, logit_softcap
 from qorpo.model.selfcheck import make_scorer
 from qorpo.ops.log_probs import next_token_logps
 from qorpo.recipe import DataRecipe, ObjectiveRecipe, Recipe
-from qorpo.training.data import limits_of, load_data
-from qorpo.training.step import run_step
 
 ROW_TOKENS = 2048
 CHUNK_TOKENS = 128
@@ -220,7 +220,7 @@ class _Scores:
         model.eval()
         scorer = _KeepingScorer(model, make_scorer(model).mode)
         scorer.hidden = []
-        with scorer.attending():
+        with scorer.packed_attention():
             means = run_step(scorer, pairs, objective, microbatch_tokens=ROW_TOKENS, device=model.device)
         head, config = output_head(model), model.config.get_text_config()
         return cls(

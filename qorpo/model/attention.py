@@ -114,10 +114,10 @@ def packed_attention(
         ModelError: where a layer asks for something that would silently be left out.
     """
     if packed_layout is None:
-        raise ModelError("a layer did not get the packed layout; set model.attention: dense or unshared")
+        raise ModelError("a layer did not get the packed layout; set model.attention: dense or separate")
     if attention_mask is not None or kwargs.get("s_aux") is not None:
         raise ModelError(
-            "a layer uses an attention mask or sinks of its own; set model.attention: dense or unshared"
+            "a layer uses an attention mask or sinks of its own; set model.attention: dense or separate"
         )
     packed_layout.windows.append(sliding_window)
     attend = {"flash": _flash, "varlen": _varlen, "sdpa": _sequence_at_a_time}[packed_layout.kernel]

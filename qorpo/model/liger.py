@@ -25,7 +25,7 @@ _GIVEN = "_given_by_liger"
 def apply_liger(model: Any, wanted: bool | str) -> bool:
     """Give a model liger's modules, but never its loss; whether it has any now.
 
-    Call it before adapters are attached, and have `settle_mode` check it afterwards: what it compares with are the
+    Call it before adapters are attached, and have `resolve_mode` check it afterwards: what it compares with are the
     model's own modules.
 
     Args:

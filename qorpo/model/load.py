@@ -24,7 +24,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from qorpo.errors import ModelError
-from qorpo.model.nf4 import keep_quant_states, mend_dequantization, quantized_on_gpu
+from qorpo.model.nf4 import fix_dequantization, keep_quant_states, quantized_on_gpu
 
 logger = logging.getLogger(__name__)
 
@@ -239,7 +239,7 @@ def keep_nf4_trainable(model: nn.Module) -> int:
     for module in quantized:
         module.support_avx512bf16_for_cpu = False
     if quantized:
-        mend_dequantization()
+        fix_dequantization()
     return len(quantized)
 
 

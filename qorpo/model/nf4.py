@@ -53,7 +53,7 @@ OPERATOR = "bitsandbytes::dequantize_4bit"
 
 
 @functools.cache
-def mend_dequantization() -> torch.library.Library:
+def fix_dequantization() -> torch.library.Library:
     """Let bitsandbytes dequantize rows of any length rightly on the CPU; where it is right already, nothing changes.
 
     bitsandbytes 0.50 with AVX-512 applies wrong scales to rows that are a multiple of 16 long, but not of a block (64):

@@ -11,10 +11,10 @@ from qorpo.data.pack import PackedPairs
 from qorpo.errors import ModelError
 from qorpo.model.adapters import output_head
 from qorpo.model.attention import PACKED, Kernel, PackedLayout, dense_mask, expected_windows
-from qorpo.model.masters import computed_in
+from qorpo.model.mixed_precision import computed_in
 from qorpo.ops.log_probs import token_logps
 
-Mode = Literal["flash", "varlen", "sdpa", "dense", "unshared"]
+Mode = Literal["flash", "varlen", "sdpa", "dense", "separate"]
 
 
 class PairScorer(nn.Module):
@@ -25,9 +25,9 @@ class PairScorer(nn.Module):
 
     - flash, varlen, sdpa: each prompt once, the named kernel over gathered keys (`model/attention.py`);
     - dense: each prompt once, a (T, T) mask, for models without exchangeable attention;
-    - unshared: one sequence a forward, for models whose layers are no softmax attention.
+    - separate: one sequence a forward, for models whose layers are no softmax attention.
 
-    Forward and backward belong inside `with scorer.attending():`, since checkpointing recomputes attention.
+    Forward and backward belong inside `with scorer.packed_attention():`, since checkpointing recomputes attention.
     """
 
     model: Any  # of transformers, with or without PEFT adapters
@@ -53,7 +53,7 @@ class PairScorer(nn.Module):
         return self.model.config.get_text_config()
 
     @contextmanager
-    def attending(self) -> Iterator[None]:
+    def packed_attention(self) -> Iterator[None]:
         """Put packed attention in place of the model's own, for as long as rows are scored and differentiated."""
         config = self.text_config
         own = config._attn_implementation
@@ -75,7 +75,7 @@ class PairScorer(nn.Module):
         """
         if by_own_logits:
             return own_logps(self.model, packed)
-        if self.mode == "unshared":
+        if self.mode == "separate":
             return self._one_by_one(packed)
         expected = expected_windows(self.text_config)
         row: dict[str, Any] = {"input_ids": packed.input_ids, "position_ids": packed.position_ids}
@@ -88,7 +88,7 @@ class PairScorer(nn.Module):
         if layout.windows != expected:
             raise ModelError(
                 f"{self.text_config.model_type}: attention saw the packed layout with windows {layout.windows}, "
-                f"expected {expected}, one a layer; set model.attention: dense or unshared"
+                f"expected {expected}, one a layer; set model.attention: dense or separate"
             )
         return logps_S
 

@@ -22,13 +22,13 @@ TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-3, torch.bfloat16: 0.1, tor
 
 
 def make_scorer(model: Any, attention: str = "auto", chunk_tokens: int = 256) -> PairScorer:
-    """A scorer whose log-probs were found equal to the model's own; see `settle_mode`."""
+    """A scorer whose log-probs were found equal to the model's own; see `resolve_mode`."""
     scorer = PairScorer(model, chunk_tokens=chunk_tokens)
-    settle_mode(scorer, scorer, attention)
+    resolve_mode(scorer, scorer, attention)
     return scorer
 
 
-def settle_mode(
+def resolve_mode(
     scorer: PairScorer,
     call: Callable[..., torch.Tensor],
     attention: str = "auto",
@@ -49,7 +49,7 @@ def settle_mode(
         ModelError: where no mode, or not the named one, gives the model's own log-probs; says why for each.
     """
     try:
-        _settle_mode(scorer, call, attention, dtype)
+        _resolve_mode(scorer, call, attention, dtype)
     except ModelError as error:
         if not has_liger(scorer.model):
             raise
@@ -57,10 +57,10 @@ def settle_mode(
             raise ModelError(f"{error}. Or it is liger-kernel's modules: set model.liger: auto") from error
         logger.warning("liger: off, the model's own modules in its place (%s)", error)
         remove_liger(scorer.model)
-        _settle_mode(scorer, call, attention, dtype)
+        _resolve_mode(scorer, call, attention, dtype)
 
 
-def _settle_mode(
+def _resolve_mode(
     scorer: PairScorer, call: Callable[..., torch.Tensor], attention: str, dtype: torch.dtype | None
 ) -> None:
     model, config = scorer.model, scorer.text_config
@@ -73,8 +73,8 @@ def _settle_mode(
         was_training = model.training
         model.eval()
         try:
-            scorer.mode = "unshared"  # the model's own attention
-            with scorer.attending(), own_modules(model):
+            scorer.mode = "separate"  # the model's own attention
+            with scorer.packed_attention(), own_modules(model):
                 own_S = call(packed, by_own_logits=True)
             failures: list[str] = []
             for mode in candidates(model, dtype) if attention == "auto" else [attention]:
@@ -94,7 +94,7 @@ def _settle_mode(
 
 def candidates(model: Any, dtype: torch.dtype) -> Sequence[Mode]:
     """Modes to try, best first: kernels that are here and have what the model needs, then the plain ones."""
-    plain: list[Mode] = ["sdpa", "dense", "unshared"]
+    plain: list[Mode] = ["sdpa", "dense", "separate"]
     if model.device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
         return plain
     kernels: list[Mode] = []
@@ -120,7 +120,7 @@ def _difference(
 ) -> str | None:
     """Why the scorer's log-probs can't be trusted, or None."""
     try:
-        with scorer.attending():
+        with scorer.packed_attention():
             logps_S = call(packed)
             others_changed_S = call(_with_other_tokens_changed(packed))
     except Exception as error:  # a kernel can fail to be compiled in any way
@@ -149,8 +149,8 @@ def _with_other_tokens_changed(packed: PackedPairs) -> PackedPairs:
 
 def _report(mode: Mode, failures: list[str]) -> None:
     reasons = f" ({'; '.join(failures)})" if failures else ""
-    if mode == "unshared":
-        logger.warning("attention: unshared, one sequence a forward, prompts computed twice%s", reasons)
+    if mode == "separate":
+        logger.warning("attention: separate, one sequence a forward, prompts computed twice%s", reasons)
     else:
         logger.info("attention: %s, each prompt once%s", mode, reasons)
 

@@ -135,7 +135,7 @@ class _FrozenHead(torch.autograd.Function):
         for rows, chunk in _chunks(hidden_SH, targets_S, chunk_tokens, head, fused):
             logps_S[rows] = chunk.logps_C
             if slopes_SH is not None:
-                slopes_SH[rows] = chunk.misses_C[:, None] * chunk.pull(head.weight_VH)
+                slopes_SH[rows] = chunk.one_minus_p_C[:, None] * chunk.input_grad(head.weight_VH)
         ctx.save_for_backward(slopes_SH)
         ctx.hidden_dtype = hidden_SH.dtype
         return logps_S
@@ -173,7 +173,7 @@ class _TrainedHead(torch.autograd.Function):
         grad_bias_V = torch.zeros_like(bias_V, dtype=wide) if ctx.needs_input_grad[2] else None
         for rows, chunk in _chunks(hidden_SH, targets_S, ctx.chunk_tokens, head, ctx.fused, upstream_S):
             if grad_hidden_SH is not None:
-                grad_hidden_SH[rows] = chunk.pull(head.weight_VH)
+                grad_hidden_SH[rows] = chunk.input_grad(head.weight_VH)
             slopes_CV = chunk.slopes()
             if grad_bias_V is not None:
                 grad_bias_V += slopes_CV.sum(0, dtype=wide)
@@ -191,13 +191,13 @@ class _Chunk(NamedTuple):
     """What one chunk gives; its (C, V) memory is the next chunk's."""
 
     logps_C: torch.Tensor
-    misses_C: torch.Tensor  # 1 − p
+    one_minus_p_C: torch.Tensor  # 1 − p
     others_CV: torch.Tensor  # −d logp / d (h Wᵀ + b), 0 at the target
     targets_C: torch.Tensor
     target_slopes_C: torch.Tensor  # d logp / d (h Wᵀ + b) at the target
     target_rows_CH: torch.Tensor
 
-    def pull(self, weight_VH: torch.Tensor) -> torch.Tensor:
+    def input_grad(self, weight_VH: torch.Tensor) -> torch.Tensor:
         """(C, H): the head's rows weighed by `slopes`.
 
         The target weighs as much as all others together: kept out of the low-precision product, it pays for the one
@@ -238,7 +238,7 @@ def _chunks(
         else:
             torch.addmm(head.bias_V, hidden_CH, head.weight_VH.T, out=logits_CV)
         # A confident target has the largest logit and so, in low precision, the coarsest rounding, which is most of
-        # 1 − p's error: one dot product a row, in high precision, mends it.
+        # 1 − p's error: one dot product a row, in high precision, fixes it.
         target_rows_CH = head.weight_VH.index_select(0, targets_C)
         target_logits_C = (hidden_CH.to(wide) * target_rows_CH).sum(-1)
         if head.bias_V is not None:
@@ -247,12 +247,15 @@ def _chunks(
         upstream_C = None if upstream_S is None else upstream_S[rows]
         inputs = (logits_CV, targets_C, target_logits_C, upstream_C, head.scale, head.softcap)
         if fused:
-            logps_C, misses_C = fused_softmax_of_others_(*inputs)
+            logps_C, one_minus_p_C = fused_softmax_of_others_(*inputs)
         else:
             scratch_CV = logits_CV if wide_CV is None else wide_CV[: len(targets_C)]
-            logps_C, misses_C = softmax_of_others_(*inputs, scratch_CV)
-        factors_C = torch.ones_like(misses_C) if upstream_C is None else misses_C * upstream_C
-        yield rows, _Chunk(logps_C, misses_C, logits_CV, targets_C, factors_C * target_slopes, target_rows_CH)
+            logps_C, one_minus_p_C = softmax_of_others_(*inputs, scratch_CV)
+        factors_C = torch.ones_like(one_minus_p_C) if upstream_C is None else one_minus_p_C * upstream_C
+        yield (
+            rows,
+            _Chunk(logps_C, one_minus_p_C, logits_CV, targets_C, factors_C * target_slopes, target_rows_CH),
+        )
 
 
 def _add_outer(grad_weight_VH: torch.Tensor, slopes_CV: torch.Tensor, hidden_CH: torch.Tensor) -> None:

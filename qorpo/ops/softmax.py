@@ -57,14 +57,14 @@ def softmax_of_others_(
     torch.softmax(scratch_CV, -1, out=scratch_CV)
     # log Σ exp(z) = max z − log max q, and max q is far from underflow: at least 1 / V.
     leads_C = target_logits_C - (highest_C - scratch_CV.amax(-1).log_())
-    misses_C = torch.sigmoid(-leads_C)
+    one_minus_p_C = torch.sigmoid(-leads_C)
     if softcap is not None or scale != 1.0:
         scratch_CV *= slopes
     if upstream_C is not None:
-        scratch_CV *= (upstream_C * misses_C)[:, None]
+        scratch_CV *= (upstream_C * one_minus_p_C)[:, None]
     if scratch_CV is not logits_CV:
         logits_CV.copy_(scratch_CV)
-    return F.logsigmoid(leads_C), misses_C
+    return F.logsigmoid(leads_C), one_minus_p_C
 
 
 def _functional(logits_CV, targets_C, target_logits_C, upstream_C, scale, softcap):
@@ -76,12 +76,12 @@ def _functional(logits_CV, targets_C, target_logits_C, upstream_C, scale, softca
     exps_CV = (wide_CV - highest_C1).exp()
     sums_C1 = exps_CV.sum(-1, keepdim=True)
     leads_C = target_logits_C - (highest_C1 + sums_C1.log()).squeeze(1)
-    misses_C = torch.sigmoid(-leads_C)
+    one_minus_p_C = torch.sigmoid(-leads_C)
     factors_C1 = sums_C1.reciprocal()
     if upstream_C is not None:
-        factors_C1 = factors_C1 * (upstream_C * misses_C)[:, None]
+        factors_C1 = factors_C1 * (upstream_C * one_minus_p_C)[:, None]
     logits_CV.copy_(exps_CV * (slopes * factors_C1))
-    return F.logsigmoid(leads_C), misses_C
+    return F.logsigmoid(leads_C), one_minus_p_C
 
 
 # An operator of its own: a plan on fake tensors sees what it keeps, not how it is computed.

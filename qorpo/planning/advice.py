@@ -7,7 +7,7 @@ from typing import Any
 
 from qorpo.planning.counter import MemorySettings, StepCounter
 from qorpo.planning.largest import longest_row_that_fits
-from qorpo.planning.settle import (
+from qorpo.planning.settings import (
     CONTEXT_BYTES,
     GIB,
     SMALLEST_CHUNK,
@@ -124,7 +124,7 @@ def _what_auto_did(recipe: Recipe, counter: StepCounter, settings: MemorySetting
     """The steps of the ladder down to `settings`, counted already."""
     lines = []
     for before, after in pairwise(ladder(recipe.memory, counter)):
-        if replace(before, recomputed_layers=settings.recomputed_layers) == settings:
+        if replace(before, checkpointed_layers=settings.checkpointed_layers) == settings:
             break
         saved = (counter.peak_bytes(before) - counter.peak_bytes(after)) / GIB
         was, now = (memory_keys(rung, counter.num_layers) for rung in (before, after))

@@ -1,4 +1,4 @@
-"""The plan at work in a run: memory's `auto` settled for a loaded model, the card capped, advice when memory runs out."""
+"""The plan at work in a run: memory's `auto` resolved for a loaded model, the card capped, advice when memory runs out."""
 
 import copy
 import logging
@@ -10,17 +10,17 @@ import torch
 
 from qorpo.data.pack import PairLengths, pack_pairs
 from qorpo.data.tokenize import TokenizedPair
-from qorpo.model.recompute import decoder_layers
+from qorpo.model.checkpointing import decoder_layers
 from qorpo.model.scoring import PairScorer
 from qorpo.planning.advice import advise
 from qorpo.planning.counter import MemorySettings, StepCounter
-from qorpo.planning.settle import (
+from qorpo.planning.settings import (
     CONTEXT_BYTES,
     GIB,
+    fastest_that_fits,
     fixed_settings,
     memory_keys,
     reserved_bytes,
-    settle,
 )
 from qorpo.recipe import Recipe
 
@@ -34,7 +34,7 @@ HOST_SHARE = 0.25
 """The most of the host's free memory that layers spared recomputation may keep, where no budget is given."""
 
 
-def settle_memory(
+def resolve_memory(
     recipe: Recipe,
     model: Any,
     longest: PairLengths,
@@ -72,7 +72,7 @@ def settle_memory(
         tokens = max(settings.microbatch_tokens, sum(longest))
         layer_bytes = kept_bytes(model, recipe.model.attention, longest) / sum(longest) * tokens / num_layers
         spared = min(num_layers, int(HOST_SHARE * psutil.virtual_memory().available / max(layer_bytes, 1)))
-        settings = replace(settings, recomputed_layers=num_layers - spared)
+        settings = replace(settings, checkpointed_layers=num_layers - spared)
     keys = memory_keys(settings, num_layers)
     logger.info("memory: %s", ", ".join(f"{key} {str(value).lower()}" for key, value in keys.items()))
     for key, value in keys.items():
@@ -81,7 +81,7 @@ def settle_memory(
 
 
 def _planned(recipe: Recipe, counter: StepCounter, room_bytes: int) -> MemorySettings:
-    settings = settle(recipe.memory, counter, room_bytes)
+    settings = fastest_that_fits(recipe.memory, counter, room_bytes)
     needed = reserved_bytes(counter.peak_bytes(settings))
     level = logging.INFO if needed <= room_bytes else logging.WARNING
     logger.log(
@@ -104,20 +104,20 @@ def kept_bytes(model: Any, attention: str, longest: PairLengths) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with scorer.attending(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+    with scorer.packed_attention(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         scorer(pack_pairs([TokenizedPair(prompt, chosen, rejected, "plan")]).to(model.device))
     return sum(kept.values())
 
 
 def planned_bytes(recipe: Recipe, model: Any, longest: PairLengths) -> int:
-    """What `torch.cuda.max_memory_reserved` is to say of steps by a settled recipe."""
+    """What `torch.cuda.max_memory_reserved` is to say of steps by a resolved recipe."""
     counter = _counter(recipe, model, longest, model.device, model.dtype)
     settings = fixed_settings(recipe.memory, counter.num_layers, on_cuda=counter.on_cuda)
     return reserved_bytes(counter.count(settings).peak.total_bytes)
 
 
 def advice_for(recipe: Recipe, model: Any, longest: PairLengths, dtype: torch.dtype) -> str:
-    """What to change in a settled recipe that ran out of memory."""
+    """What to change in a resolved recipe that ran out of memory."""
     try:
         counter = _counter(recipe, model, longest, model.device, dtype)
         settings = fixed_settings(recipe.memory, counter.num_layers, on_cuda=counter.on_cuda)

@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 
 from qorpo.data.pack import PairLengths
 from qorpo.errors import ModelError
-from qorpo.model.recompute import decoder_layers
+from qorpo.model.checkpointing import decoder_layers
 from qorpo.model.scoring import Mode
 from qorpo.model.selfcheck import varlen_has_all
 from qorpo.planning.fake_model import make_fake_model, shortened
@@ -27,7 +27,7 @@ class MemorySettings:
 
     microbatch_tokens: int
     chunk_tokens: int
-    recomputed_layers: int  # from the first layer on
+    checkpointed_layers: int  # from the first layer on
     offload: bool
 
 
@@ -118,23 +118,23 @@ class StepCounter:
         are recomputed and with those that are kept, and so does each kind in it. Small models, and those of unequal
         layers, are counted whole.
         """
-        recomputed, kept = settings.recomputed_layers, self.num_layers - settings.recomputed_layers
+        recomputed, kept = settings.checkpointed_layers, self.num_layers - settings.checkpointed_layers
         if self.num_layers <= FEW_LAYERS or not self.can_shorten:
             return self.count(settings)
         # Sharded, a layer between others needs most: weights of the one after it are there, and of the one before it.
         most = 3 if self._shards > 1 else 2
-        few_recomputed, few_kept = min(recomputed, most), min(kept, most - 1 if recomputed else most)
+        few_checkpointed, few_kept = min(recomputed, most), min(kept, most - 1 if recomputed else most)
 
         def of(recomputed: int, kept: int) -> StepMemory:
-            return self._count(replace(settings, recomputed_layers=recomputed), recomputed + kept)
+            return self._count(replace(settings, checkpointed_layers=recomputed), recomputed + kept)
 
-        found = of(few_recomputed, few_kept)
+        found = of(few_checkpointed, few_kept)
         if kept > few_kept:
-            found = _continued(found, found, of(few_recomputed, few_kept + 1), kept - few_kept)
-        if recomputed > few_recomputed:
+            found = _continued(found, found, of(few_checkpointed, few_kept + 1), kept - few_kept)
+        if recomputed > few_checkpointed:
             # Counted without kept layers, for which every number of recomputed ones comes in handy.
-            one, two = of(few_recomputed, 0), of(few_recomputed + 1, 0)
-            found = _continued(found, one, two, recomputed - few_recomputed)
+            one, two = of(few_checkpointed, 0), of(few_checkpointed + 1, 0)
+            found = _continued(found, one, two, recomputed - few_checkpointed)
         return found
 
     def _count(self, settings: MemorySettings, num_layers: int) -> StepMemory:
@@ -154,7 +154,7 @@ class StepCounter:
                 accumulates=len(rows) < self.pairs_per_rank,
                 attention=mode,
                 chunk_tokens=settings.chunk_tokens,
-                recomputed_layers=settings.recomputed_layers,
+                checkpointed_layers=settings.checkpointed_layers,
                 offload=settings.offload,
                 on_cuda=self.on_cuda,
                 dtype=self.dtype,
@@ -199,7 +199,7 @@ def likely_modes(config: PretrainedConfig, attention: str, *, on_cuda: bool) -> 
         # flash-attn need not be installed here; PyTorch's own kernel keeps the same tensors.
         return ["varlen" if attention == "flash" else attention]  # type: ignore[list-item]
     has_kernel = on_cuda and varlen_has_all(config.get_text_config())
-    return [*(["varlen"] if has_kernel else []), "sdpa", "dense", "unshared"]  # type: ignore[list-item]
+    return [*(["varlen"] if has_kernel else []), "sdpa", "dense", "separate"]  # type: ignore[list-item]
 
 
 def pair_of(row_tokens: int) -> PairLengths:

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from qorpo.model.adapters import attach_lora
 from qorpo.model.load import nf4_config
-from qorpo.model.masters import train_all
+from qorpo.model.mixed_precision import train_all
 from qorpo.recipe import Recipe
 
 # bitsandbytes' NF4: so many weights have one absmax, and so many absmaxes, themselves in 8 bits, have one of their own.

@@ -10,9 +10,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from qorpo.model.recompute import decoder_layers
+from qorpo.engine.distributed import precision
+from qorpo.model.checkpointing import decoder_layers
 from qorpo.model.scoring import PairScorer
-from qorpo.training.distributed import precision
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from qorpo.planning.counter import MemorySettings, StepCounter, pair_of
-from qorpo.planning.settle import frugal, reserved_bytes
+from qorpo.planning.settings import frugal, reserved_bytes
 from qorpo.planning.step_memory import OPTIMIZER
 from qorpo.recipe import Recipe
 

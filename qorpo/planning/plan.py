@@ -14,7 +14,7 @@ from qorpo.model.load import load_config
 from qorpo.planning.advice import advise
 from qorpo.planning.counter import StepCounter, pair_of
 from qorpo.planning.largest import largest_rank_that_fits, longest_row_that_fits
-from qorpo.planning.settle import CONTEXT_BYTES, GIB, memory_keys, reserved_bytes, settle
+from qorpo.planning.settings import CONTEXT_BYTES, GIB, fastest_that_fits, memory_keys, reserved_bytes
 from qorpo.recipe import Recipe, load_recipe, resolve
 
 DEFAULT_BUDGET_GIB = 24.0
@@ -118,7 +118,7 @@ def read_budgets(text: str | None) -> list[float | None]:
 
 def _plan(recipe: Recipe, counter: StepCounter, budget_gib: float) -> Plan:
     room_bytes = int(budget_gib * GIB) - CONTEXT_BYTES
-    settings = settle(recipe.memory, counter, room_bytes)
+    settings = fastest_that_fits(recipe.memory, counter, room_bytes)
     step = counter.estimate(settings)
     reserved = reserved_bytes(step.peak.total_bytes)
     row_tokens = longest_row_that_fits(recipe, counter, settings.chunk_tokens, room_bytes)

@@ -13,16 +13,16 @@ from transformers import PretrainedConfig
 
 from qorpo.data.pack import PairLengths
 from qorpo.data.tokenize import TokenizedPair
-from qorpo.model.masters import casts_of
-from qorpo.model.recompute import checkpoint_layers, decoder_layers
+from qorpo.engine.optim import make_optimizer
+from qorpo.engine.step import run_step
+from qorpo.model.checkpointing import checkpoint_layers, decoder_layers
+from qorpo.model.mixed_precision import casts_of
 from qorpo.model.scoring import Mode, PairScorer
 from qorpo.ops.softmax import triton_is_installed
 from qorpo.planning.fake_model import make_fake_model
 from qorpo.planning.fake_ranks import fake_ranks, shard
 from qorpo.planning.live_bytes import LiveBytes, Peak
 from qorpo.recipe import Recipe
-from qorpo.training.optim import make_optimizer
-from qorpo.training.step import run_step
 
 CPU = torch.device("cpu")
 
@@ -38,7 +38,7 @@ class StepShape:
     accumulates: bool  # whether gradients of an earlier micro-batch are there
     attention: Mode
     chunk_tokens: int
-    recomputed_layers: int | None  # None: all
+    checkpointed_layers: int | None  # None: all
     offload: bool
     on_cuda: bool
     dtype: torch.dtype = torch.bfloat16
@@ -94,9 +94,9 @@ def _step_memory(
     scorer.fused_head = shape.on_cuda and (triton_is_installed() or not torch.cuda.is_available())
     casts_to = casts_of(recipe.tuning, shape.dtype)
     layers = decoder_layers(model)
-    num_recomputed = len(layers) if shape.recomputed_layers is None else shape.recomputed_layers
-    if num_recomputed:
-        checkpoint_layers(model, num_recomputed, offload=shape.offload)
+    num_checkpointed = len(layers) if shape.checkpointed_layers is None else shape.checkpointed_layers
+    if num_checkpointed:
+        checkpoint_layers(model, num_checkpointed, offload=shape.offload)
     if mesh is None:
         scorer.compute_dtype = casts_to
     else:
@@ -105,7 +105,7 @@ def _step_memory(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     count = LiveBytes()
     _count_model(model, count)
-    _follow(layers, num_recomputed, count)
+    _follow(layers, num_checkpointed, count)
     for parameter in trained:
         parameter.register_post_accumulate_grad_hook(lambda p: count.add([p.grad], "gradients"))
     with fake_mode:
@@ -123,7 +123,7 @@ def _step_memory(
         count.peaks.clear()
         count.kind, count.stretch = "activations", "forward"
         pairs = [_pair(lengths) for lengths in shape.rows]
-        with count, scorer.attending():
+        with count, scorer.packed_attention():
             run_step(
                 scorer, pairs, recipe.objective, device=CPU, backward=backward,
                 microbatch_tokens=sum(map(sum, shape.rows)),
@@ -155,10 +155,10 @@ def _count_model(model: nn.Module, count: LiveBytes) -> None:
         count.add(getattr(module, "nf4_constants", ()), "quantization constants")
 
 
-def _follow(layers: Sequence[nn.Module], num_recomputed: int, count: LiveBytes) -> None:
+def _follow(layers: Sequence[nn.Module], num_checkpointed: int, count: LiveBytes) -> None:
     """Name the stretches of forward and backward as they go from layer to layer."""
     for index, layer in enumerate(layers):
-        place = layer_place(index, num_recomputed, len(layers))
+        place = layer_place(index, num_checkpointed, len(layers))
 
         def begin(layer: nn.Module, args: Any, place: str = place) -> None:
             count.stretch = f"forward of {place}"
@@ -177,10 +177,12 @@ def _follow(layers: Sequence[nn.Module], num_recomputed: int, count: LiveBytes) 
         layer.register_forward_hook(end, prepend=True)
 
 
-def layer_place(index: int, num_recomputed: int, num_layers: int) -> str:
+def layer_place(index: int, num_checkpointed: int, num_layers: int) -> str:
     """Layers of a kind need the same; which of them is at its peak is decided by what else is there, at either end."""
     kind, start, stop = (
-        ("recomputed", 0, num_recomputed) if index < num_recomputed else ("kept", num_recomputed, num_layers)
+        ("recomputed", 0, num_checkpointed)
+        if index < num_checkpointed
+        else ("kept", num_checkpointed, num_layers)
     )
     if index == stop - 1:
         return f"the last {kind} layer"

@@ -33,9 +33,9 @@ from torch.utils._pytree import tree_map
 from transformers import GenerationConfig, PreTrainedModel
 
 from qorpo.data.tokenize import ChatFormat
+from qorpo.engine.distributed import Ranks, gathered, sharded_like
+from qorpo.engine.optim import load_optimizer_state
 from qorpo.errors import RunError
-from qorpo.training.distributed import Ranks, sharded_like, whole
-from qorpo.training.optim import load_optimizer_state
 from qorpo.training.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ class Checkpoints:
         self.finish()
         folder, parts = folder or self.folder, (self.optimizer, self.schedule, state)
         with ExitStack() as stack:
-            unfinished = stack.enter_context(folder.whole(folder.checkpoint(state.step)))
+            unfinished = stack.enter_context(folder.new_folder(folder.checkpoint(state.step)))
             if not self.is_full:
                 save_checkpoint(unfinished, self.model, *parts, folder.is_main)
             elif writing := save_sharded_checkpoint(unfinished, self.scorer, *parts, folder.is_main):
@@ -141,9 +141,9 @@ def save_checkpoint(
     state: TrainState,
     is_main: bool = True,
 ) -> None:
-    """Write a checkpoint into an existing empty folder (see `RunFolder.whole`); where sharded, all ranks together."""
+    """Write a checkpoint into an existing empty folder (see `RunFolder.new_folder`); where sharded, all ranks together."""
     save_adapter(folder, model, is_main)
-    optimizer_state = tree_map(whole, optimizer.state_dict())
+    optimizer_state = tree_map(gathered, optimizer.state_dict())
     if not is_main:
         return
     torch.save({"optimizer": optimizer_state, "schedule": schedule.state_dict()}, folder / "optimizer.pt")
@@ -236,9 +236,9 @@ def save_whole_model(folder: Path, model: PreTrainedModel, dtype: torch.dtype, i
     """Write all parameters in `dtype` as transformers does, gathered one by one by all ranks into the main one."""
     tensors = {}
     for name, tensor in model.state_dict().items():
-        gathered = whole(tensor.to(dtype) if tensor.is_floating_point() else tensor)
+        full = gathered(tensor.to(dtype) if tensor.is_floating_point() else tensor)
         if is_main:
-            tensors[name] = gathered
+            tensors[name] = full
     if is_main:
         save_parameters(folder, model, tensors, dtype)
 
@@ -250,7 +250,9 @@ def save_parameters(
     model.save_pretrained(str(folder), state_dict=tensors)
     config = folder / "config.json"
     saved = json.loads(config.read_text(encoding="utf-8"))
-    saved["dtype"] = str(dtype).removeprefix("torch.")  # transformers names the type of the float32 masters
+    saved["dtype"] = str(dtype).removeprefix(
+        "torch."
+    )  # transformers names the type of the float32 master weights
     config.write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
 
 
@@ -272,7 +274,7 @@ def save_adapter(folder: Path, model: PeftModel, is_main: bool = True) -> None:
 
     Where it is sharded all ranks gather it together, and the main one writes.
     """
-    trained = {name: whole(weight) for name, weight in model.named_parameters() if weight.requires_grad}
+    trained = {name: gathered(weight) for name, weight in model.named_parameters() if weight.requires_grad}
     if is_main:
         model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=trained)
 

@@ -10,11 +10,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import AutoModelForCausalLM
 
+from qorpo.build import chat_format_of
 from qorpo.errors import RunError
 from qorpo.model.load import load_config
 from qorpo.recipe import load_recipe
 from qorpo.training.checkpoint import SHARDS, STATE, TrainState, save_parameters, save_tokenizer
-from qorpo.training.data import chat_format_of
 from qorpo.training.run_folder import RunFolder
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -26,7 +26,7 @@ def export_model(run: str | Path, output: str | Path, *, dtype: str = "bfloat16"
     Args:
         run: a run's folder, of which the best checkpoint by evaluation loss is taken, else the last; or a checkpoint.
         output: the folder to make.
-        dtype: bfloat16, float16, or float32 for the masters themselves.
+        dtype: bfloat16, float16, or float32 for the master weights themselves.
 
     Raises:
         QorpoError: where there is no such checkpoint, or the output can't be made.
@@ -43,7 +43,7 @@ def export_model(run: str | Path, output: str | Path, *, dtype: str = "bfloat16"
     with init_empty_weights(include_buffers=True):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=keys.trust_remote_code)
     chat = chat_format_of(recipe)
-    with RunFolder(output.parent).whole(output) as unfinished:
+    with RunFolder(output.parent).new_folder(output) as unfinished:
         save_parameters(unfinished, model, _tensors(checkpoint, DTYPES[dtype]), DTYPES[dtype])
         save_tokenizer(unfinished, chat)
     return output

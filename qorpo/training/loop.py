@@ -16,19 +16,23 @@ from accelerate.utils.memory import should_reduce_batch_size
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from qorpo.build import limits_of
 from qorpo.data.pack import PairLengths
 from qorpo.data.prepare import largest_token_id, longest_pair
 from qorpo.data.records import PreferencePair
 from qorpo.data.tokenize import ChatFormat, Tokenized, TokenizedPair, tokenize_pairs
+from qorpo.engine.distributed import as_on_main, gathered, make_accelerator, ranks_of, reshard, runs_on
+from qorpo.engine.optim import make_optimizer, make_schedule
+from qorpo.engine.step import StepTooLargeError, StepTotals, run_step, within_memory
 from qorpo.errors import ModelError, RunError
 from qorpo.model.adapters import attach_lora
+from qorpo.model.checkpointing import checkpoint_layers
 from qorpo.model.liger import apply_liger, has_liger
 from qorpo.model.load import keep_nf4_trainable, read_chat_template
-from qorpo.model.masters import casts_of, train_all
-from qorpo.model.recompute import checkpoint_layers
+from qorpo.model.mixed_precision import casts_of, train_all
 from qorpo.model.scoring import PairScorer
-from qorpo.model.selfcheck import settle_mode
-from qorpo.planning.auto import advice_for, cap_card, settle_memory
+from qorpo.model.selfcheck import resolve_mode
+from qorpo.planning.auto import advice_for, cap_card, resolve_memory
 from qorpo.recipe import DataRecipe, Recipe, resolve
 from qorpo.training.checkpoint import (
     Checkpoints,
@@ -37,12 +41,8 @@ from qorpo.training.checkpoint import (
     save_tokenizer,
     save_whole_model,
 )
-from qorpo.training.data import limits_of
-from qorpo.training.distributed import as_on_main, make_accelerator, ranks_of, reshard, runs_on, whole
-from qorpo.training.optim import make_optimizer, make_schedule
 from qorpo.training.progress import Progress
 from qorpo.training.run_folder import RunFolder
-from qorpo.training.step import StepTooLargeError, StepTotals, run_step, within_memory
 
 logger = logging.getLogger(__name__)
 
@@ -110,10 +110,10 @@ class Trainer:
         scorer = PairScorer(self.model)
         if not self.is_sharded:
             scorer.compute_dtype = casts_to
-            recipe = self._settle_model(recipe, scorer, scorer, casts_to)
+            recipe = self._resolve_model(recipe, scorer, scorer, casts_to)
         # Ranks may find different amounts of memory free, and must take the same micro-batches.
         recipe = as_on_main(
-            settle_memory(
+            resolve_memory(
                 recipe, self.model, self._longest_pair,
                 device=self.accelerator.device, dtype=self.dtype, ranks=self.accelerator.num_processes,
             )
@@ -132,7 +132,7 @@ class Trainer:
         )
         self.trained = [parameter for parameter in scorer.parameters() if parameter.requires_grad]
         if self.is_sharded:  # a forward needs every rank, and its weights only now are everywhere
-            recipe = self._settle_model(recipe, scorer, self.scorer, casts_to)
+            recipe = self._resolve_model(recipe, scorer, self.scorer, casts_to)
         self.recipe = recipe
         self.ranks = ranks_of(self.accelerator, self.scorer)
         self.schedule = make_schedule(self.optimizer, recipe.train, self.total_steps)
@@ -146,11 +146,11 @@ class Trainer:
         )  # fmt: skip
 
     @staticmethod
-    def _settle_model(
+    def _resolve_model(
         recipe: Recipe, scorer: PairScorer, call: Callable[..., torch.Tensor], dtype: torch.dtype | None
     ) -> Recipe:
         """The recipe with what `auto` of attention and liger became for this model."""
-        settle_mode(scorer, call, recipe.model.attention, dtype, recipe.model.liger)
+        resolve_mode(scorer, call, recipe.model.attention, dtype, recipe.model.liger)
         recipe = recipe.replace("model.attention", scorer.mode)
         return recipe.replace("model.liger", has_liger(scorer.model))
 
@@ -237,7 +237,7 @@ class Trainer:
             self.checkpoints.finish()
             if self.state.best_step not in (None, self.total_steps):
                 self.checkpoints.load_best(self.state)
-            with folder.whole(folder.model if self.is_full else folder.adapter) as unfinished:
+            with folder.new_folder(folder.model if self.is_full else folder.adapter) as unfinished:
                 self.save(unfinished)
         finally:
             self.progress.close()
@@ -298,7 +298,7 @@ class Trainer:
         def attempt(microbatch_tokens: int) -> dict[str, torch.Tensor]:
             if seed is not None:
                 torch.manual_seed(seed)
-            with self._unwrapped.attending():
+            with self._unwrapped.packed_attention():
                 return run_step(
                     self.scorer, pairs, self.recipe.objective, backward=backward,
                     microbatch_tokens=microbatch_tokens, device=self.accelerator.device, ranks=self.ranks,
@@ -367,7 +367,7 @@ class Trainer:
         device = self.accelerator.device
         names = list(self._unwritten[0][1])
         entries = [
-            torch.as_tensor(whole(row[name]), dtype=torch.float64, device=device)
+            torch.as_tensor(gathered(row[name]), dtype=torch.float64, device=device)
             for _, row in self._unwritten
             for name in names
         ]

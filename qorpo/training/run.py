@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
+from qorpo.build import chat_format_of, load_data
 from qorpo.data.prepare import PreparedData
+from qorpo.engine.distributed import main_first, this_process
 from qorpo.errors import RunError
 from qorpo.model.load import load_model
 from qorpo.planning.auto import cap_card
 from qorpo.recipe import Recipe, load_recipe, resolve
-from qorpo.training.data import chat_format_of, load_data
-from qorpo.training.distributed import main_first, this_process
 from qorpo.training.loop import Trainer
 from qorpo.training.progress import Progress
 from qorpo.training.run_folder import RunFolder
@@ -74,7 +74,7 @@ def train(
         progress: told how it goes; silent by default.
 
     Raises:
-        QorpoError: what the user can mend, before anything is written where that can be known.
+        QorpoError: what the user can fix, before anything is written where that can be known.
     """
     if not isinstance(recipe, Recipe) or overrides:
         recipe = load_recipe(recipe.to_dict() if isinstance(recipe, Recipe) else recipe, overrides)
@@ -124,10 +124,10 @@ def merge_saved(saved: Recipe, given: Recipe) -> Recipe:
     Raises:
         RunError: where the two would not give the same run.
     """
-    settled = dict(saved.values())
+    resolved = dict(saved.values())
     for key, value in given.values():
         if value == "auto":
-            given = given.replace(key, settled[key])
+            given = given.replace(key, resolved[key])
     if changes := saved.differences(given, ignoring=MAY_CHANGE):
         raise RunError(
             f"output: {given.output} holds a run of another recipe; put these back, or give another output:\n  "

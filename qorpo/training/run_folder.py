@@ -29,7 +29,7 @@ class RunFolder:
 
     recipe.yaml, environment.json, data.json, metrics.jsonl (a line a step, and a line an evaluation),
     checkpoints/step-N/, and at the end adapter/, or model/ of full tuning. Of several ranks the main one writes, but
-    for what is put into a `whole` folder; `wait` is until all have come so far.
+    for what is put into a `new_folder`; `wait` is until all have come so far.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class RunFolder:
             sweep(self.checkpoints)
 
     @contextmanager
-    def whole(self, path: Path) -> Iterator[Path]:
+    def new_folder(self, path: Path) -> Iterator[Path]:
         """A folder written beside its place, flushed to disk, then renamed: it appears whole or not at all."""
         with self.writing():
             if not self.is_main:

@@ -15,14 +15,14 @@ import torch
 from _record import add_output_option, emit
 from peft import PeftModel
 
+from qorpo.build import chat_format_of, load_data
 from qorpo.data.pack import pack_pairs
 from qorpo.data.tokenize import TokenizedPair
+from qorpo.engine.step import StepTotals, pair_losses
 from qorpo.model.load import load_model
 from qorpo.model.scoring import PairScorer
 from qorpo.model.selfcheck import make_scorer
 from qorpo.recipe import load_recipe
-from qorpo.training.data import chat_format_of, load_data
-from qorpo.training.step import StepTotals, pair_losses
 
 METRICS = ("nll", "log_odds_ratio", "rewards/accuracies", "chosen_logps", "rejected_logps")
 RESAMPLES = 10_000
@@ -65,7 +65,7 @@ def score(scorer: PairScorer, pairs: list[TokenizedPair], objective) -> dict[str
     """Every metric of every pair, (P,) each."""
     rows = defaultdict(list)
     scorer.eval()
-    with torch.no_grad(), scorer.attending():
+    with torch.no_grad(), scorer.packed_attention():
         for pair in pairs:
             packed = pack_pairs([pair], score_prompts=objective.nll_tokens == "all")
             metrics = pair_losses(scorer(packed), packed, objective, StepTotals.of([pair], objective)).metrics

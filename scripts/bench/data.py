@@ -79,8 +79,8 @@ def in_own_process(pairs: Path, tokenizer: str) -> dict[str, Any]:
 def prepare(pairs: Path, tokenizer: str, pipe: Any) -> None:
     import datasets  # noqa: F401 (imports are not what is measured)
 
+    from qorpo.build import chat_format_of, load_data
     from qorpo.recipe import load_recipe
-    from qorpo.training.data import chat_format_of, load_data
 
     recipe = load_recipe({"model": {"path": tokenizer}, "data": {"train": str(pairs)}, "output": "unused"})
     chat_format = chat_format_of(recipe)

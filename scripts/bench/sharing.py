@@ -79,7 +79,7 @@ def measure(
     seconds: dict[str, list[float]] = {name: [] for name in rows}
     for turn in range(repeats + 1):
         for name, packed in rows.items():
-            with attended_in_order() if name == "twice" else attention_as_it_is(), scorer.attending():
+            with attended_in_order() if name == "twice" else attention_as_it_is(), scorer.packed_attention():
                 taken = seconds_of(lambda packed=packed: scorer(packed).sum().backward(), device)
             if turn:  # the first is warm-up
                 seconds[name].append(taken)

@@ -37,7 +37,7 @@ from torch import nn
 
 from qorpo.data.pack import PairLengths, row_tokens
 from qorpo.errors import RunError
-from qorpo.model.recompute import decoder_layers
+from qorpo.model.checkpointing import decoder_layers
 from qorpo.planning.auto import cap_card, planned_bytes
 from qorpo.recipe import Attention
 from qorpo.training.loop import Trainer
@@ -109,8 +109,8 @@ def measure(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
     steps_s = [end - start for start, end in pairwise(ends_s[WARM_UP - 1 :])]
     tokens, step_s = sum(map(row_tokens, pairs.pairs)), statistics.median(steps_s)
     recomputed = run.trainer.recipe.memory.activation_checkpointing
-    recomputed_layers = len(weights) if recomputed is True else int(recomputed)
-    flops = step_flops(weights, tokens, recomputed_layers)
+    checkpointed_layers = len(weights) if recomputed is True else int(recomputed)
+    flops = step_flops(weights, tokens, checkpointed_layers)
     matmul_flops_s = matmul_rate(settings["device"], model.dtype)
     figures |= {
         "row_tokens": tokens,
@@ -118,7 +118,7 @@ def measure(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
         "step_seconds_median": step_s,
         "tokens_per_second": tokens / step_s,
         "pairs_per_second": settings["pairs_per_step"] / step_s,
-        "recomputed_layers": recomputed_layers,
+        "checkpointed_layers": checkpointed_layers,
         "teraflops_per_step": flops / 1e12,
         "matmul_teraflops_per_second": matmul_flops_s / 1e12,
         "flops_share": flops / step_s / matmul_flops_s,
@@ -138,9 +138,9 @@ def layer_weights(model: nn.Module) -> list[int]:
     ]
 
 
-def step_flops(layer_weights: Sequence[int], tokens: int, recomputed_layers: int) -> int:
-    """As the top of this file counts them; the first `recomputed_layers` are computed again in backward."""
-    return tokens * (4 * sum(layer_weights) + 2 * sum(layer_weights[:recomputed_layers]))
+def step_flops(layer_weights: Sequence[int], tokens: int, checkpointed_layers: int) -> int:
+    """As the top of this file counts them; the first `checkpointed_layers` are computed again in backward."""
+    return tokens * (4 * sum(layer_weights) + 2 * sum(layer_weights[:checkpointed_layers]))
 
 
 def matmul_rate(device: str, dtype: torch.dtype) -> float:

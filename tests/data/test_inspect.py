@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from tiny import make_tokenizer
+from helpers.tiny import make_tokenizer
 
 from qorpo.data.inspect import as_dict, show_pairs, statistics
 from qorpo.data.prepare import prepare_pairs
@@ -39,8 +39,8 @@ def test_statistics_are_those_of_the_tokens(data):
     found = statistics(data.train.pairs)
     assert found.pairs == 4
     assert found.row_tokens == sizes.sum()
-    assert found.unshared_tokens == sizes.sum() + sizes[:, 0].sum()
-    assert found.saved_by_sharing == pytest.approx(sizes[:, 0].sum() / found.unshared_tokens)
+    assert found.separate_tokens == sizes.sum() + sizes[:, 0].sum()
+    assert found.saved_by_sharing == pytest.approx(sizes[:, 0].sum() / found.separate_tokens)
     assert (found.chosen_longer, found.equally_long) == (0.25, 0.25)
     for column, side in enumerate(("prompt", "chosen", "rejected")):
         lengths = found.lengths[side]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import make_tokenizer
+from helpers.tiny import make_tokenizer
 
 from qorpo.data import prepare
 from qorpo.data.filters import prompt_key

@@ -3,9 +3,9 @@
 import contextlib
 import json
 
+from helpers.tiny import make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import make_tokenizer
 
 from qorpo.data.filters import digest, hold_out
 from qorpo.data.shapes import ALIASES

@@ -1,13 +1,9 @@
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "model")]
-
-from lora_folders import add_adapter, load, save_base  # noqa: E402 (found by the line above)
+from helpers.lora_folders import add_adapter, load, save_base
 
 Made = tuple[Path, Path]
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from architectures import SHARED, SMALL, build
-from lora_folders import add_adapter, load, logits, save_base, with_adapter
+from helpers.architectures import SHARED, SMALL, build
+from helpers.lora_folders import add_adapter, load, logits, save_base, with_adapter
 from peft import PeftModel
 
 import qorpo

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from architectures import SHARED, SMALL, build
-from lora_folders import save_base
+from helpers.architectures import SHARED, SMALL, build
+from helpers.lora_folders import save_base
 from transformers import AutoConfig
 
 from qorpo.merging import shards
-from qorpo.merging.nf4 import dequantized
+from qorpo.merging.dequantize import dequantized
 from qorpo.merging.shards import read_checkpoint
 from qorpo.merging.skeleton import Skeleton
 from qorpo.model.load import load_model

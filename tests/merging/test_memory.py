@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lora_folders import add_adapter, save_base
+from helpers.lora_folders import add_adapter, save_base
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 pytestmark = pytest.mark.skipif(

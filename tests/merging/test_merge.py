@@ -7,11 +7,11 @@ import sys
 
 import pytest
 import torch
-from architectures import SMALL, build
-from lora_folders import add_adapter, load, logits, save_base, with_adapter
+from helpers.architectures import SMALL, build
+from helpers.lora_folders import add_adapter, load, logits, save_base, with_adapter
+from helpers.tiny import changed, make_base, preference_records, short_recipe, write_records
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny import changed, make_base, preference_records, short_recipe, write_records
 
 import qorpo
 from qorpo.merging import source

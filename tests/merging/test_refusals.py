@@ -13,8 +13,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from architectures import SMALL, build
-from lora_folders import add_adapter, load, save_base
+from helpers.architectures import SMALL, build
+from helpers.lora_folders import add_adapter, load, save_base
 from safetensors.torch import load_file, save_file
 
 import qorpo

@@ -5,10 +5,10 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
-from architectures import SHARED, build
-from lora_folders import add_adapter, load, save_base
+from helpers.architectures import SHARED, build
+from helpers.lora_folders import add_adapter, load, save_base
+from helpers.tiny import make_base, preference_records, write_records
 from safetensors.torch import load_file, save_file
-from tiny import make_base, preference_records, write_records
 
 import qorpo
 from qorpo.data.pack import pack_pairs

@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qorpo.data.pack import pack_pairs
 from qorpo.data.tokenize import TokenizedPair
 from qorpo.model.adapters import attach_lora
+from qorpo.model.checkpointing import checkpoint_layers
 from qorpo.model.load import load_model
-from qorpo.model.recompute import checkpoint_layers
 from qorpo.model.scoring import PairScorer
 
 PACKED = pack_pairs(
@@ -39,7 +39,7 @@ def loss_and_gradients(model, dropout_seed=0):
     model.zero_grad()
     torch.manual_seed(dropout_seed)
     scorer = PairScorer(model)
-    with scorer.attending():
+    with scorer.packed_attention():
         logps = scorer(PACKED)
         logps.square().mean().backward()
     return [logps.detach(), *(weight.grad for weight in model.parameters() if weight.requires_grad)]

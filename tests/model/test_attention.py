@@ -10,7 +10,7 @@ import types
 
 import pytest
 import torch
-from architectures import SHARED, build
+from helpers.architectures import SHARED, build
 from torch.nn.attention import varlen
 
 from qorpo.data.pack import pack_pairs
@@ -101,7 +101,7 @@ def kernel(request, monkeypatch):
 
 def scored(model, mode, packed):
     scorer = PairScorer(model, mode)
-    with torch.no_grad(), scorer.attending():
+    with torch.no_grad(), scorer.packed_attention():
         return scorer(packed)
 
 
@@ -122,19 +122,19 @@ def test_a_kernel_is_handed_what_the_model_computes(name, kernel, request):
 @pytest.mark.parametrize("name", SHARED)
 def test_in_bfloat16_every_way_is_as_exact_as_the_plain_one(name):
     packed = packed_row()
-    exact = scored(build(name), "unshared", packed)
+    exact = scored(build(name), "separate", packed)
     model = build(name).bfloat16()
     error = {
         mode: (scored(model, mode, packed).double() - exact).norm().item()
-        for mode in ("unshared", "sdpa", "dense")
+        for mode in ("separate", "sdpa", "dense")
     }
-    assert error["sdpa"] <= BUDGET * error["unshared"]
-    assert error["dense"] <= BUDGET * error["unshared"]
+    assert error["sdpa"] <= BUDGET * error["separate"]
+    assert error["dense"] <= BUDGET * error["separate"]
 
 
 @pytest.mark.parametrize("recomputed", [False, True])
 def test_one_layout_a_row_and_one_gathering_of_keys_and_values_a_layer(kernel, recomputed, monkeypatch):
-    from qorpo.model.recompute import checkpoint_layers
+    from qorpo.model.checkpointing import checkpoint_layers
 
     model, packed = build("llama"), packed_row()
     if recomputed:
@@ -148,7 +148,7 @@ def test_one_layout_a_row_and_one_gathering_of_keys_and_values_a_layer(kernel, r
         attention, "_gathered", lambda layout, *args: gathered.append(id(layout)) or gather(layout, *args)
     )
     scorer = PairScorer(model, kernel)
-    with scorer.attending():
+    with scorer.packed_attention():
         scorer(packed).sum().backward()
     assert len(layouts) == 1
     layers = model.config.num_hidden_layers

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import SHARED, build
+from helpers.architectures import SHARED, build
 from transformers.models.llama import modeling_llama
 
 from qorpo.errors import ModelError
 from qorpo.model.adapters import attach_lora
 from qorpo.model.liger import apply_liger, has_liger, own_modules, remove_liger
 from qorpo.model.scoring import PairScorer
-from qorpo.model.selfcheck import settle_mode
+from qorpo.model.selfcheck import resolve_mode
 
 monkey_patch = pytest.importorskip("liger_kernel.transformers.monkey_patch")
 
@@ -141,7 +141,7 @@ def test_where_log_probs_differ_auto_goes_back_to_the_models_own_and_says_so(cap
     apply_liger(model, "auto")
     make_it_wrong(model)
     scorer = PairScorer(model)
-    settle_mode(scorer, scorer, liger="auto")
+    resolve_mode(scorer, scorer, liger="auto")
     assert scorer.mode == "sdpa"
     assert not has_liger(model)
     assert "liger: off, the model's own modules in its place" in caplog.text
@@ -154,7 +154,7 @@ def test_and_true_is_refused():
     make_it_wrong(model)
     scorer = PairScorer(model)
     with pytest.raises(ModelError, match=r"log-probs differ from the model's own.* set model\.liger: auto"):
-        settle_mode(scorer, scorer, liger=True)
+        resolve_mode(scorer, scorer, liger=True)
 
 
 def make_it_wrong(model):
@@ -174,13 +174,13 @@ def test_kernels_that_can_not_run_are_a_difference_too(caplog):
     model = build("llama").float()
     apply_liger(model, "auto")
     scorer = PairScorer(model)
-    settle_mode(scorer, scorer)
+    resolve_mode(scorer, scorer)
     assert not has_liger(model)
 
 
 @pytest.mark.slow
 def test_interpreted_kernels_score_and_differentiate_as_the_models_own():
-    command = [sys.executable, str(Path(__file__).parent / "interpreted_liger.py")]
+    command = [sys.executable, str(Path(__file__).parents[1] / "helpers" / "interpreted_liger.py")]
     answer = subprocess.run(command, capture_output=True, text=True)
     assert answer.returncode == 0, answer.stderr
     lines = [json.loads(line) for line in answer.stdout.splitlines()]

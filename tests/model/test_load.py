@@ -6,8 +6,8 @@ import pickle
 
 import pytest
 import torch
+from helpers.tiny import make_base
 from safetensors.torch import load_file
-from tiny import make_base
 from torch import nn
 from transformers import AutoModelForCausalLM
 

@@ -5,7 +5,7 @@ import torch
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
-from qorpo.model.nf4 import mend_dequantization  # noqa: E402
+from qorpo.model.nf4 import fix_dequantization  # noqa: E402
 
 
 def by_the_book(packed, state):
@@ -20,7 +20,7 @@ def by_the_book(packed, state):
 @pytest.mark.parametrize("columns", [16, 32, 36, 48, 50, 64, 96, 100, 160, 320, 864])
 @pytest.mark.parametrize("rows", [3, 64])
 def test_rows_of_any_length(rows, columns):
-    mend_dequantization()
+    fix_dequantization()
     torch.manual_seed(0)
     weight = torch.randn(rows, columns)
     packed, state = bitsandbytes.functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
@@ -31,7 +31,7 @@ def test_rows_of_any_length(rows, columns):
 
 
 def test_a_layer_trains_on_the_values_meant():
-    mend_dequantization()
+    fix_dequantization()
     torch.manual_seed(0)
     layer = bitsandbytes.nn.Linear4bit(
         96, 40, bias=False, quant_type="nf4", compute_dtype=torch.float32, compress_statistics=True

@@ -6,12 +6,12 @@ import weakref
 
 import pytest
 import torch
-from architectures import SHARED, build
+from helpers.architectures import SHARED, build
 
 from qorpo.data.pack import pack_pairs
 from qorpo.data.tokenize import TokenizedPair
 from qorpo.model import offload as offload_module
-from qorpo.model.recompute import checkpoint_layers, decoder_layers
+from qorpo.model.checkpointing import checkpoint_layers, decoder_layers
 from qorpo.model.scoring import PairScorer
 
 PAIRS = [
@@ -23,7 +23,7 @@ PAIRS = [
 def loss_and_gradients(model):
     scorer = PairScorer(model, "sdpa", chunk_tokens=4)
     model.zero_grad()
-    with scorer.attending():
+    with scorer.packed_attention():
         logps = scorer(pack_pairs(PAIRS))
         (logps.square() + logps).sum().backward()
     return [
@@ -64,7 +64,7 @@ def test_the_inputs_leave_after_forward_and_the_copies_after_backward(monkeypatc
     checkpoint_layers(model, offload=offload)
     inputs, copies = watched_inputs(model, monkeypatch)
     scorer = PairScorer(model, "sdpa")
-    with scorer.attending():
+    with scorer.packed_attention():
         loss = scorer(pack_pairs(PAIRS)).sum()
         gc.collect()
         there = [reference() is not None for reference in inputs]
@@ -81,7 +81,7 @@ def test_masks_and_positions_stay():
     checkpoint_layers(model, offload=True)
     scorer = PairScorer(model, "dense")
     before = loss_and_gradients(copy.deepcopy(build("llama")))
-    with scorer.attending():
+    with scorer.packed_attention():
         logps = scorer(pack_pairs(PAIRS))
     torch.testing.assert_close(logps.detach(), before[0], rtol=0, atol=1e-10)
 

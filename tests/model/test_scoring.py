@@ -5,12 +5,12 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
-from architectures import SHARED, SMALL, build
+from helpers.architectures import SHARED, SMALL, build
 
 from qorpo.data.pack import pack_pairs
 from qorpo.data.tokenize import TokenizedPair
 from qorpo.errors import ModelError
-from qorpo.model.recompute import checkpoint_layers
+from qorpo.model.checkpointing import checkpoint_layers
 from qorpo.model.scoring import PairScorer, own_logps
 from qorpo.model.selfcheck import make_scorer
 
@@ -51,7 +51,7 @@ def logps_and_gradients(score, packed, model, upstream_S):
 
 def scored(scorer):
     def score(packed):
-        with scorer.attending():
+        with scorer.packed_attention():
             return scorer(packed)
 
     return score
@@ -82,7 +82,7 @@ def test_recomputing_layers_changes_no_gradient(name):
     scorer = PairScorer(model)
 
     def gradients():
-        with scorer.attending():
+        with scorer.packed_attention():
             logps_S = scorer(packed)
             return torch.autograd.grad((logps_S * upstream_S).sum(), list(model.parameters()))
 
@@ -109,8 +109,8 @@ def test_recurrent_layers_run_unshared_and_the_log_says_so(model_type, caplog):
     model = build(model_type, RECURRENT[model_type]).float()
     caplog.set_level(logging.WARNING, logger="qorpo")
     scorer = make_scorer(model)
-    assert scorer.mode == "unshared"
-    assert "unshared" in caplog.text
+    assert scorer.mode == "separate"
+    assert "separate" in caplog.text
     assert "can't share a row" in caplog.text
     packed = pack_pairs(pairs(), score_prompts=True)
     own_S = own_logps(model, packed)

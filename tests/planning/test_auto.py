@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import changed
+from helpers.tiny import changed
 from torch.cuda._utils import _get_device_index
 
 import qorpo
 from qorpo import Trainer, load_pairs
+from qorpo.model.checkpointing import _Recomputed, decoder_layers
 from qorpo.model.load import load_model, load_tokenizer
-from qorpo.model.recompute import _Recomputed, decoder_layers
 from qorpo.planning import auto
-from qorpo.planning.settle import CONTEXT_BYTES, GIB
+from qorpo.planning.settings import CONTEXT_BYTES, GIB
 from qorpo.recipe import load_recipe
 from qorpo.training.run import train
 
@@ -27,7 +27,7 @@ def trainer_of(recipe_dict, base, pairs_file, **changes) -> Trainer:
     return Trainer(load_model(str(base)), load_tokenizer(str(base)), recipe, load_pairs(str(pairs_file)))
 
 
-def recomputed_layers(trainer: Trainer) -> list[bool]:
+def checkpointed_layers(trainer: Trainer) -> list[bool]:
     return [isinstance(layer.forward, _Recomputed) for layer in decoder_layers(trainer.model)]
 
 
@@ -38,7 +38,7 @@ def test_off_cuda_and_without_a_budget_auto_is_fixed(recipe_dict, base, pairs_fi
     assert (memory.microbatch_tokens, memory.logprob_chunk_tokens) == (2048, 256)
     assert (memory.activation_checkpointing, memory.activation_offload) == (False, False)
     assert trainer._unwrapped.chunk_tokens == 256
-    assert recomputed_layers(trainer) == [False, False]
+    assert checkpointed_layers(trainer) == [False, False]
 
 
 @pytest.mark.parametrize(("layers_that_fit", "recomputed"), [(0.9, True), (1.1, 1), (2.1, False)])
@@ -53,10 +53,10 @@ def test_on_the_cpu_layers_are_spared_recomputation_while_memory_is_plenty(
     available = layers_that_fit / 2 * kept * 2048 / 60 / auto.HOST_SHARE
     monkeypatch.setattr(auto.psutil, "virtual_memory", lambda: type("Memory", (), {"available": available}))
     recipe = trainer.recipe.replace("memory.activation_checkpointing", "auto")
-    settled = auto.settle_memory(
+    resolved = auto.resolve_memory(
         recipe, trainer.model, longest, device=torch.device("cpu"), dtype=torch.bfloat16
     )
-    assert settled.memory.activation_checkpointing == recomputed
+    assert resolved.memory.activation_checkpointing == recomputed
 
 
 def test_what_a_forward_keeps_is_counted_once_and_without_the_model(recipe_dict, base, pairs_file):
@@ -82,7 +82,7 @@ def test_within_a_budget_auto_is_planned(
     trainer = trainer_of(recipe_dict, base, pairs_file, memory__budget_gib=budget_mib / 1024)
     memory = trainer.recipe.memory
     assert memory.activation_checkpointing == checkpointing
-    assert recomputed_layers(trainer) == recomputed
+    assert checkpointed_layers(trainer) == recomputed
     assert "auto" not in memory.model_dump().values()
     text = caplog.text
     assert f"memory: microbatch_tokens {memory.microbatch_tokens}" in text
@@ -98,7 +98,7 @@ def test_what_auto_became_is_saved_and_what_was_given_is_kept(recipe_dict):
     assert saved == result.trainer.recipe
     assert saved.memory.budget_gib == 0.4
     assert (saved.memory.activation_checkpointing, saved.memory.logprob_chunk_tokens) == (1, 33)
-    assert recomputed_layers(result.trainer) == [True, False]
+    assert checkpointed_layers(result.trainer) == [True, False]
 
 
 def test_a_model_that_can_not_be_planned_trains_with_fixed_values(

@@ -1,4 +1,4 @@
-"""Estimates from a few layers against counts of every layer, and what is searched and settled by them."""
+"""Estimates from a few layers against counts of every layer, and what is searched and resolved by them."""
 
 import pytest
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -7,7 +7,7 @@ from qorpo.data.pack import PairLengths
 from qorpo.planning import counter as counter_module
 from qorpo.planning.counter import MemorySettings, StepCounter, pair_of
 from qorpo.planning.largest import largest_rank_that_fits, largest_that_fits, longest_row_that_fits
-from qorpo.planning.settle import frugal, ladder, reserved_bytes, settle
+from qorpo.planning.settings import fastest_that_fits, frugal, ladder, reserved_bytes
 from qorpo.planning.step_memory import HEAD
 from qorpo.recipe import MemoryRecipe, load_recipe, resolve
 
@@ -143,7 +143,7 @@ class LineCounter:
         return (self.longest,) * max(1, settings.microbatch_tokens // 1001)
 
     def peaks(self, settings):
-        rows, recomputed = len(self.rows(settings)), settings.recomputed_layers
+        rows, recomputed = len(self.rows(settings)), settings.checkpointed_layers
         kept = rows * (20 * (10 - recomputed) + 2 * (2 if settings.offload else recomputed))
         return {HEAD: 100 + kept + settings.chunk_tokens // 16, "backward": 100 + kept + 32 * rows}
 
@@ -181,7 +181,7 @@ def test_the_ladder_saves_where_the_peak_is_and_time_last():
     ],
 )
 def test_the_fastest_that_fits_is_settled_on(room, expected):
-    assert settle(AUTO, LineCounter(), room) == expected
+    assert fastest_that_fits(AUTO, LineCounter(), room) == expected
 
 
 def test_what_is_given_is_kept():
@@ -190,7 +190,11 @@ def test_what_is_given_is_kept():
     )
     expected = MemorySettings(700, 33, 4, False)
     assert list(ladder(memory, LineCounter())) == [expected]
-    assert settle(memory, LineCounter(), 1) == settle(memory, LineCounter(), 10**12) == expected
+    assert (
+        fastest_that_fits(memory, LineCounter(), 1)
+        == fastest_that_fits(memory, LineCounter(), 10**12)
+        == expected
+    )
 
 
 def test_each_count_is_made_once(monkeypatch):

@@ -10,14 +10,22 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from published import PUBLISHED, published_config
+from helpers.published import PUBLISHED, published_config
 from transformers import LlamaConfig
 
 import qorpo
 from qorpo.errors import ModelError, RecipeError
 from qorpo.planning.counter import MemorySettings, StepCounter, pair_of
 from qorpo.planning.plan import budget_of, read_budgets
-from qorpo.planning.settle import CONTEXT_BYTES, GIB, fixed_settings, frugal, ladder, reserved_bytes, settle
+from qorpo.planning.settings import (
+    CONTEXT_BYTES,
+    GIB,
+    fastest_that_fits,
+    fixed_settings,
+    frugal,
+    ladder,
+    reserved_bytes,
+)
 from qorpo.recipe import load_recipe, resolve
 
 ROOT = Path(qorpo.__file__).parents[1]
@@ -105,7 +113,7 @@ def test_8b_at_twice_2048_tokens_takes_at_most_10_gib_with_every_layer_recompute
 def test_8b_takes_a_pair_of_16k_tokens_on_24_gib():
     counter = counter_of("meta-llama/Llama-3.1-8B", 8192)
     memory = recipe_of("x").memory
-    settings = settle(memory, counter, room_of(24))
+    settings = fastest_that_fits(memory, counter, room_of(24))
     assert reserved_bytes(counter.peak_bytes(settings)) <= room_of(24)
     assert sum(map(sum, counter.rows(settings))) == 16383
 
@@ -115,7 +123,7 @@ def test_32b_at_twice_2048_tokens_takes_24_gib_by_offload_alone():
     memory = recipe_of("x").memory
     needs = [reserved_bytes(counter.peak_bytes(rung)) for rung in ladder(memory, counter)]
     assert needs[0] > room_of(24)
-    settings = settle(memory, counter, room_of(24))
+    settings = fastest_that_fits(memory, counter, room_of(24))
     assert settings == MemorySettings(4096, 1024, 64, True)
     assert reserved_bytes(counter.peak_bytes(settings)) <= 23.4 * GIB
     assert fixed_settings(memory, 64, on_cuda=True).offload is False

@@ -12,15 +12,15 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from qorpo.data.pack import PairLengths
 from qorpo.data.tokenize import TokenizedPair
+from qorpo.engine.optim import make_optimizer
+from qorpo.engine.step import run_step
 from qorpo.model.adapters import attach_lora
+from qorpo.model.checkpointing import checkpoint_layers, decoder_layers
 from qorpo.model.load import load_model
-from qorpo.model.recompute import checkpoint_layers, decoder_layers
 from qorpo.model.scoring import PairScorer
 from qorpo.planning.fake_model import make_fake_model
 from qorpo.planning.step_memory import CPU, HEAD, StepShape, step_memory
 from qorpo.recipe import load_recipe, resolve
-from qorpo.training.optim import make_optimizer
-from qorpo.training.step import run_step
 
 SMALL = {
     "vocab_size": 3000, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 8,
@@ -119,7 +119,7 @@ def measured_bytes(case: Case, folder: Path) -> tuple[int, int]:
     model.train()
 
     def step():
-        with scorer.attending():
+        with scorer.packed_attention():
             run_step(
                 scorer, pairs * (2 if case.accumulates else 1), recipe.objective, device=CPU,
                 microbatch_tokens=sum(map(sum, case.rows)), backward=torch.Tensor.backward,

@@ -14,17 +14,17 @@ import pytest
 import torch
 import yaml
 from accelerate.utils import DistributedType
+from helpers.tiny import changed, read_metrics, short_recipe
 from safetensors.torch import load_file
-from tiny import changed, read_metrics, short_recipe
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from qorpo.data.pack import PairLengths, row_tokens
 from qorpo.data.tokenize import TokenizedPair
+from qorpo.engine import distributed
+from qorpo.engine.distributed import Ranks, shares, this_process
 from qorpo.errors import RunError
 from qorpo.planning.step_memory import StepShape, step_memory
 from qorpo.recipe import load_recipe, resolve
-from qorpo.training import distributed
-from qorpo.training.distributed import Ranks, shares, this_process
 from qorpo.training.export import export_model
 from qorpo.training.loop import Trainer
 
@@ -40,7 +40,7 @@ def start(jobs, ranks, folder):
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1])}
     return subprocess.run(
-        [sys.executable, *launcher, str(HERE / "ranks.py"), str(path)],
+        [sys.executable, *launcher, str(HERE.parent / "helpers" / "ranks.py"), str(path)],
         cwd=HERE.parents[1], env=environment, capture_output=True, text=True, timeout=400, check=False,
     )  # fmt: skip
 
@@ -190,7 +190,7 @@ def test_a_ranks_memory_is_the_planned_one(bigger, together, folder, tuning):
     recipe = resolve(load_recipe(bigger[tuning]["recipe"]), device_type="cpu")
     rows = tuple(PairLengths(*lengths) for lengths in measured["rows"])
     shape = StepShape(
-        rows, accumulates=False, attention="sdpa", chunk_tokens=64, recomputed_layers=None, offload=False,
+        rows, accumulates=False, attention="sdpa", chunk_tokens=64, checkpointed_layers=None, offload=False,
         on_cuda=False, shards=2,
     )  # fmt: skip
     planned = step_memory(AutoConfig.from_pretrained(folder / "bigger"), recipe, shape).peak

@@ -13,7 +13,7 @@ import time
 import pytest
 import torch
 import yaml
-from tiny import changed, preference_records, read_metrics, short_recipe, write_records
+from helpers.tiny import changed, preference_records, read_metrics, short_recipe, write_records
 
 from qorpo import train
 from qorpo.training.progress import Progress

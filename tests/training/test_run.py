@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import yaml
-from tiny import changed, preference_records, read_metrics, short_recipe, write_records
+from helpers.tiny import changed, preference_records, read_metrics, short_recipe, write_records
 
 import qorpo
 from qorpo import Trainer

@@ -72,7 +72,7 @@ def test_home_is_meant_by_a_tilde(monkeypatch, tmp_path):
 
 def test_a_whole_folder_appears_at_its_end(folder):
     begun(folder)
-    with folder.whole(folder.checkpoint(2)) as unfinished:
+    with folder.new_folder(folder.checkpoint(2)) as unfinished:
         (unfinished / "a").write_text("1")
         assert folder.checkpoint_steps() == []
         assert not folder.checkpoint(2).exists()
@@ -84,7 +84,7 @@ def test_a_whole_folder_appears_at_its_end(folder):
 def test_a_whole_folder_takes_the_place_of_the_one_before(folder):
     begun(folder)
     for content in ("1", "2"):
-        with folder.whole(folder.adapter) as unfinished:
+        with folder.new_folder(folder.adapter) as unfinished:
             (unfinished / content).write_text(content)
     assert [path.name for path in folder.adapter.iterdir()] == ["2"]
 
@@ -92,7 +92,7 @@ def test_a_whole_folder_takes_the_place_of_the_one_before(folder):
 @pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt, SystemExit, RunError])
 def test_an_error_inside_leaves_nothing_and_keeps_its_kind(folder, kind):
     begun(folder)
-    with pytest.raises(kind), folder.whole(folder.checkpoint(2)) as unfinished:  # noqa: PT012 (a write, then an error)
+    with pytest.raises(kind), folder.new_folder(folder.checkpoint(2)) as unfinished:  # noqa: PT012 (a write, then an error)
         (unfinished / "a").write_text("1")
         raise kind("stop")
     assert list(folder.checkpoints.iterdir()) == []
@@ -100,9 +100,9 @@ def test_an_error_inside_leaves_nothing_and_keeps_its_kind(folder, kind):
 
 def test_an_error_inside_leaves_the_one_before(folder):
     begun(folder)
-    with folder.whole(folder.adapter) as unfinished:
+    with folder.new_folder(folder.adapter) as unfinished:
         (unfinished / "a").write_text("1")
-    with pytest.raises(ValueError, match="stop"), folder.whole(folder.adapter):
+    with pytest.raises(ValueError, match="stop"), folder.new_folder(folder.adapter):
         raise ValueError("stop")
     assert (folder.adapter / "a").read_text() == "1"
 
@@ -113,7 +113,7 @@ def test_a_kill_inside_leaves_nothing_that_looks_whole_and_the_next_sweeps_it_aw
     script = (
         "import os, signal, sys; from qorpo.training.run_folder import RunFolder\n"
         "folder = RunFolder(sys.argv[1])\n"
-        "with folder.whole(folder.checkpoint(2)) as unfinished:\n"
+        "with folder.new_folder(folder.checkpoint(2)) as unfinished:\n"
         "    (unfinished / 'a').write_text('1')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
@@ -122,7 +122,7 @@ def test_a_kill_inside_leaves_nothing_that_looks_whole_and_the_next_sweeps_it_aw
     assert (folder.checkpoints / ".step-2.qorpo-unfinished" / "a").exists()
     assert folder.checkpoint_steps() == [1]
 
-    with folder.whole(folder.checkpoint(2)) as unfinished:
+    with folder.new_folder(folder.checkpoint(2)) as unfinished:
         assert list(unfinished.iterdir()) == []
         (unfinished / "b").touch()
     assert [path.name for path in folder.checkpoint(2).iterdir()] == ["b"]

@@ -5,20 +5,20 @@ import math
 
 import pytest
 import torch
+from helpers.tiny import changed, make_base, preference_records, read_metrics, write_records
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
-from tiny import changed, make_base, preference_records, read_metrics, write_records
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qorpo import Trainer, load_pairs
 from qorpo.data.pack import pack_pairs
+from qorpo.engine.step import run_step
 from qorpo.errors import ModelError, RunError
 from qorpo.model.adapters import attach_lora
 from qorpo.model.load import load_model, load_tokenizer
 from qorpo.model.selfcheck import make_scorer
 from qorpo.recipe import load_recipe
-from qorpo.training.step import run_step
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def gradients(trainer):
     """Of everything that trains, over the first 10 pairs; dropout drawn from the same seed each time."""
     torch.manual_seed(7)
     trainer.model.train()
-    with trainer._unwrapped.attending():
+    with trainer._unwrapped.packed_attention():
         run_step(
             trainer.scorer, trainer.train_pairs[:10], trainer.recipe.objective,
             backward=trainer.accelerator.backward, device=trainer.accelerator.device,
@@ -84,7 +84,7 @@ def logps(model, trainer, mode="sdpa"):
     packed = pack_pairs(trainer.eval_pairs)
     model.eval()
     scorer = make_scorer(model, mode)
-    with torch.no_grad(), scorer.attending():
+    with torch.no_grad(), scorer.packed_attention():
         return scorer(packed)
 
 

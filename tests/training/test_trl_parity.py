@@ -12,9 +12,9 @@ from accelerate.state import AcceleratorState, GradientState
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qorpo.data.tokenize import TokenizedPair
+from qorpo.engine.step import run_step
 from qorpo.model.scoring import PairScorer
 from qorpo.recipe import ObjectiveRecipe
-from qorpo.training.step import run_step
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # it warns of its name at import
 orpo = pytest.importorskip("trl.experimental.orpo", reason="TRL, to compare with, is not installed")
@@ -108,7 +108,7 @@ def qorpo_step(model, pairs, *, microbatch_tokens: int = 10_000, nll_tokens="all
         {"lambda": WEIGHT, "nll_tokens": nll_tokens, "nll_average": nll_average}
     )
     scorer = PairScorer(model, "sdpa", chunk_tokens=16)
-    with scorer.attending():
+    with scorer.packed_attention():
         metrics = run_step(
             scorer, pairs, objective,
             microbatch_tokens=microbatch_tokens, device=torch.device("cpu"), backward=torch.Tensor.backward,

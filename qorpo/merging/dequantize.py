@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 
 from qorpo.merging.shards import Block, Blocks, Stored
-from qorpo.model.nf4 import mend_dequantization
+from qorpo.model.nf4 import fix_dequantization
 
 BLOCK_SIZE = 64  # of bitsandbytes' Params4bit
 NESTED_BLOCK_SIZE = 256  # of its double quantization
@@ -49,7 +49,7 @@ def dequantized(stored: Stored, *, transposed: bool = False) -> Blocks:
 
 def _round_trip(blocks: Iterator[Block]) -> Iterator[Block]:
     """A matrix quantized and dequantized; all of it is read before the first block comes back."""
-    mend_dequantization()
+    fix_dequantization()
     from bitsandbytes.functional import (
         QuantState,
         dequantize_4bit,

@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from qorpo.data.pack import row_tokens, split_by_budget
 from qorpo.data.tokenize import TokenizedPair
 from qorpo.errors import RunError
-from qorpo.model.recompute import decoder_layers
+from qorpo.model.checkpointing import decoder_layers
 from qorpo.recipe import Recipe, load_recipe
 
 logger = logging.getLogger(__name__)
@@ -236,7 +236,7 @@ def reshard(scorer: Any) -> None:
             module.reshard()
 
 
-def whole(tensor: Any) -> Any:
+def gathered(tensor: Any) -> Any:
     """A sharded tensor gathered (by all ranks together) into host memory; anything else as it is."""
     return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
 

@@ -26,7 +26,7 @@ def bytes_written(console: Console) -> Iterator[Callable[[int, int], None]]:
     task = bar.add_task("merging")
     tenths = 0
 
-    def told(done: int, total: int) -> None:
+    def on_progress(done: int, total: int) -> None:
         nonlocal tenths
         bar.update(task, completed=done, total=total)
         if not console.is_terminal and total > WORTH_A_LINE and done * 10 // total > tenths:
@@ -36,6 +36,6 @@ def bytes_written(console: Console) -> Iterator[Callable[[int, int], None]]:
             bar.stop()
 
     try:
-        yield told
+        yield on_progress
     finally:
         bar.stop()

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from transformers import get_scheduler
 
+from qorpo.engine.distributed import sharded_like
 from qorpo.recipe import TrainRecipe
-from qorpo.training.distributed import sharded_like
 
 logger = logging.getLogger(__name__)
 

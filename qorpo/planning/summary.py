@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from qorpo.planning.plan import Plan
-from qorpo.planning.settle import CONTEXT_BYTES, GIB
+from qorpo.planning.settings import CONTEXT_BYTES, GIB
 
 
 def summary(plan: Plan) -> str:

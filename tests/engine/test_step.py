@@ -11,9 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qorpo.data.pack import PackedPairs
 from qorpo.data.tokenize import TokenizedPair
+from qorpo.engine.step import StepTotals, pair_losses, run_step
 from qorpo.model.scoring import PairScorer
 from qorpo.recipe import ObjectiveRecipe
-from qorpo.training.step import StepTotals, pair_losses, run_step
 
 CPU = torch.device("cpu")
 CONVENTIONS = list(itertools.product(("response", "all"), ("sequence", "token")))
@@ -46,7 +46,7 @@ def make_pairs() -> list[TokenizedPair]:
 def model(request):
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(Path(__file__).parents[1] / "model")
-        from architectures import build
+        from helpers.architectures import build
 
         model = build(request.param)
     if request.param == "gpt-neox":
@@ -65,7 +65,7 @@ def gradients_of(model) -> dict[str, torch.Tensor]:
 def step_of(model, pairs, objective: ObjectiveRecipe, microbatch_tokens: int, mode="sdpa"):
     """Metrics and gradients by qorpo."""
     scorer = PairScorer(model, mode, chunk_tokens=7)
-    with scorer.attending():
+    with scorer.packed_attention():
         metrics = run_step(
             scorer,
             pairs,
@@ -144,7 +144,7 @@ def test_a_step_does_not_depend_on_the_order_of_its_pairs(model, nll_tokens, nll
             assert_same_step(step_of(model, order, objective, microbatch_tokens), expected)
 
 
-@pytest.mark.parametrize("mode", ["dense", "unshared"])
+@pytest.mark.parametrize("mode", ["dense", "separate"])
 def test_a_step_does_not_depend_on_the_way_of_attending(model, mode):
     pairs, objective = make_pairs(), objective_of("all", "token")
     expected = step_of(model, pairs, objective, MEDIUM)
@@ -164,7 +164,7 @@ def test_scoring_alone_gives_the_same_metrics_and_no_gradient(model):
     pairs, objective = make_pairs(), objective_of()
     expected, _ = step_of(model, pairs, objective, MEDIUM)
     scorer = PairScorer(model, "sdpa")
-    with torch.no_grad(), scorer.attending():
+    with torch.no_grad(), scorer.packed_attention():
         metrics = run_step(scorer, pairs, objective, microbatch_tokens=TINY, device=CPU)
     assert_same_step((metrics, {}), (expected, {}))
     assert all(parameter.grad is None for parameter in model.parameters())

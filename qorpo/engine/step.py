@@ -16,9 +16,9 @@ from accelerate.utils.memory import should_reduce_batch_size
 
 from qorpo.data.pack import PackedPairs, moved, pack_pairs, row_tokens, split_by_budget
 from qorpo.data.tokenize import TokenizedPair
+from qorpo.engine.distributed import Ranks
 from qorpo.objectives.orpo import ObjectiveOutput, orpo_loss
 from qorpo.recipe import ObjectiveRecipe
-from qorpo.training.distributed import Ranks
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

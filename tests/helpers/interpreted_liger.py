@@ -11,7 +11,7 @@ import types
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))  # a script: it has no conftest
 
 import liger_kernel.ops.geglu
 import liger_kernel.ops.rms_norm
@@ -19,15 +19,15 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
-from architectures import SHARED, build
 from triton.runtime import interpreter
 
+from helpers.architectures import SHARED, build
 from qorpo.data.pack import pack_pairs
 from qorpo.data.tokenize import TokenizedPair
 from qorpo.model.adapters import attach_lora
 from qorpo.model.liger import apply_liger, own_modules
 from qorpo.model.scoring import PairScorer
-from qorpo.model.selfcheck import settle_mode
+from qorpo.model.selfcheck import resolve_mode
 
 
 @triton.jit
@@ -40,7 +40,7 @@ def tanh(x):
     return 2 * tl.sigmoid(2 * x) - 1
 
 
-def mend_interpreter() -> None:
+def fix_interpreter() -> None:
     """What kernels take for granted on a GPU: libdevice's functions, scalars that are tensors, a count of processors."""
     liger_kernel.ops.rms_norm.rsqrt, liger_kernel.ops.geglu.tanh = rsqrt, tanh
     convert = interpreter._implicit_cvt
@@ -56,7 +56,7 @@ def mend_interpreter() -> None:
 
 
 def main() -> None:
-    mend_interpreter()
+    fix_interpreter()
     packed = pack_pairs(
         [TokenizedPair((5, 6, 7), (8, 9), (10, 11, 12), "a:1"), TokenizedPair((3,), (4, 5), (7,), "a:2")]
     )
@@ -70,12 +70,12 @@ def main() -> None:
             if "lora_B" in weight_name:
                 torch.nn.init.normal_(weight, std=0.1)
         scorer = PairScorer(peft_model)
-        settle_mode(scorer, scorer, liger=True)
+        resolve_mode(scorer, scorer, liger=True)
         upstream_S = torch.randn(len(packed.targets))
 
         def logps_and_gradients(scorer=scorer, upstream_S=upstream_S):
             scorer.zero_grad()
-            with scorer.attending():
+            with scorer.packed_attention():
                 logps_S = scorer(packed)
                 (logps_S * upstream_S).sum().backward()
             return [

@@ -36,7 +36,9 @@ def fixed_settings(memory: MemoryRecipe, num_layers: int, *, on_cuda: bool) -> M
         microbatch_tokens=(4096 if on_cuda else 2048) if tokens == "auto" else tokens,
         chunk_tokens=(1024 if on_cuda else 256) if chunk == "auto" else chunk,
         # By identity: 1 is one layer, and equal to True.
-        recomputed_layers=num_layers if layers == "auto" or layers is True else min(int(layers), num_layers),
+        checkpointed_layers=num_layers
+        if layers == "auto" or layers is True
+        else min(int(layers), num_layers),
         offload=memory.activation_offload is True,
     )
 
@@ -77,7 +79,7 @@ def _may_offload(memory: MemoryRecipe, counter: StepCounter) -> bool:
     )
 
 
-def settle(memory: MemoryRecipe, counter: StepCounter, room_bytes: int) -> MemorySettings:
+def fastest_that_fits(memory: MemoryRecipe, counter: StepCounter, room_bytes: int) -> MemorySettings:
     """The fastest settings whose step's reserved memory is at most `room_bytes`; the most frugal where none is."""
 
     def fits(settings: MemorySettings, room: float = room_bytes) -> bool:
@@ -89,10 +91,10 @@ def settle(memory: MemoryRecipe, counter: StepCounter, room_bytes: int) -> Memor
     if memory.activation_checkpointing != "auto" or settings.offload:
         return settings
     fewest = _least(
-        lambda count: fits(replace(settings, recomputed_layers=count), room_bytes * (1 - SPARE_SHARE)),
+        lambda count: fits(replace(settings, checkpointed_layers=count), room_bytes * (1 - SPARE_SHARE)),
         counter.num_layers,
     )
-    return replace(settings, recomputed_layers=fewest)
+    return replace(settings, checkpointed_layers=fewest)
 
 
 def _least(holds: Callable[[int], bool], stop: int) -> int:
@@ -109,7 +111,7 @@ def _least(holds: Callable[[int], bool], stop: int) -> int:
 
 def memory_keys(settings: MemorySettings, num_layers: int) -> dict[str, Any]:
     """Settings as the recipe's keys have them."""
-    recomputed: bool | int = settings.recomputed_layers
+    recomputed: bool | int = settings.checkpointed_layers
     if recomputed in (0, num_layers):
         recomputed = recomputed > 0
     return {

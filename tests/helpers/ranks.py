@@ -23,9 +23,9 @@ from transformers import AutoModelForCausalLM
 import qorpo
 import qorpo.training.loop as loop
 import qorpo.training.run as run
+from qorpo.engine.distributed import gathered
 from qorpo.model.load import load_tokenizer
 from qorpo.recipe import load_recipe
-from qorpo.training.distributed import whole
 
 RANKS = int(os.environ.get("WORLD_SIZE", "1"))
 make_optimizer = loop.make_optimizer
@@ -82,7 +82,7 @@ class WatchedTrainer(loop.Trainer):
 
         def seen(parameters, norm):
             if "output" in self.job and "profile" not in self.job:
-                self.seen["gradients"].append([whole(parameter.grad).clone() for parameter in parameters])
+                self.seen["gradients"].append([gathered(parameter.grad).clone() for parameter in parameters])
                 self.seen["bytes"]["gradients"] = local_bytes(parameter.grad for parameter in parameters)
             return clip(parameters, norm)
 
@@ -105,7 +105,7 @@ class WatchedTrainer(loop.Trainer):
 
     def save(self, folder):  # the last thing before the processes part
         super().save(folder)
-        self.seen["weights"] = [whole(parameter).detach().clone() for parameter in self.trained]
+        self.seen["weights"] = [gathered(parameter).detach().clone() for parameter in self.trained]
         self.seen["bytes"] |= self._standing_bytes()
 
     def _standing_bytes(self) -> dict[str, int]:

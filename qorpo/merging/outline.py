@@ -11,7 +11,7 @@ import torch
 
 from qorpo.errors import ModelError
 from qorpo.merging.adapter import Change, Replaced, Weighted
-from qorpo.merging.nf4 import dequantized
+from qorpo.merging.dequantize import dequantized
 from qorpo.merging.shards import Blocks, Planned, Shard, Stored, plan_shards, read_checkpoint
 from qorpo.merging.skeleton import Place, Skeleton, embedding_names
 from qorpo.merging.source import Base, Trained

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from qorpo.engine.optim import load_optimizer_state, make_optimizer, make_schedule
 from qorpo.recipe import load_recipe
-from qorpo.training.optim import load_optimizer_state, make_optimizer, make_schedule
 
 OPTIMIZERS = ["paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw_torch", "adamw_torch_fused"]
 

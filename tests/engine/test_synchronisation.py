@@ -1,24 +1,20 @@
 """No step asks the device for a value: the host would wait for all that it queued, at every micro-batch."""
 
-import sys
 import traceback
-from pathlib import Path
 
 import pytest
 import torch
-from tiny import make_base
+from helpers import architectures
+from helpers.tiny import make_base
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qorpo.data.tokenize import TokenizedPair
+from qorpo.engine.step import run_step
 from qorpo.model.adapters import attach_lora
+from qorpo.model.checkpointing import checkpoint_layers
 from qorpo.model.load import load_model
-from qorpo.model.recompute import checkpoint_layers
 from qorpo.model.scoring import PairScorer
 from qorpo.recipe import ObjectiveRecipe
-from qorpo.training.step import run_step
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
-import architectures
 
 CPU = torch.device("cpu")
 aten = torch.ops.aten
@@ -59,7 +55,7 @@ def pairs():
 
 def waits_of_a_step(model, mode, **objective):
     scorer = PairScorer(model, mode, chunk_tokens=7)
-    with scorer.attending(), Waits() as waits:
+    with scorer.packed_attention(), Waits() as waits:
         means = run_step(
             scorer.train(), pairs(), ObjectiveRecipe(**objective), microbatch_tokens=40, device=CPU,
             backward=torch.Tensor.backward,

@@ -4,17 +4,17 @@ import logging
 
 import pytest
 import torch
+from helpers.tiny import read_metrics
 from test_step import ARCHITECTURES, CPU, assert_same_step, gradients_of, make_pairs, model, objective_of
 from test_trainer import make_trainer
-from tiny import read_metrics
 
 from qorpo.data.pack import row_tokens, split_by_budget
+from qorpo.engine.distributed import Ranks
+from qorpo.engine.step import StepTooLargeError, run_step, within_memory
 from qorpo.errors import RunError
 from qorpo.model.scoring import PairScorer
 from qorpo.recipe import load_recipe
-from qorpo.training.distributed import Ranks
 from qorpo.training.run_folder import RunFolder
-from qorpo.training.step import StepTooLargeError, run_step, within_memory
 
 assert ARCHITECTURES
 assert model
@@ -60,7 +60,7 @@ def step_within_memory(model, pairs, failing, microbatch_tokens):
             backward=failing.backward,
         )
 
-    with failing.scorer.attending():
+    with failing.scorer.packed_attention():
         metrics, took = within_memory(attempt, pairs, microbatch_tokens, undo=model.zero_grad)
     return (metrics, gradients_of(model)), took
 
@@ -92,7 +92,7 @@ def test_it_is_halved_again_and_again(model):
         attempts.append(tokens)
         if len(attempts) < 3:
             raise torch.OutOfMemoryError(SHORTAGE)
-        with scorer.attending(), torch.no_grad():
+        with scorer.packed_attention(), torch.no_grad():
             return run_step(scorer, pairs, objective_of(), microbatch_tokens=tokens, device=CPU)
 
     total = sum(map(row_tokens, pairs))
