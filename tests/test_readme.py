@@ -149,4 +149,5 @@ def test_the_tree_is_the_tree():
 
 def test_the_public_names_are_there():
     for name in re.findall(r"`?qorpo\.(\w+)\b", README):
-        assert name in qorpo.__all__ or (ROOT / "qorpo" / f"{name}.py").exists() or name == "yaml", name
+        modules = (ROOT / "qorpo" / f"{name}.py", ROOT / "qorpo" / name / "__init__.py")
+        assert name in qorpo.__all__ or any(map(Path.exists, modules)) or name == "yaml", name

@@ -10,12 +10,11 @@ from typing import get_args, get_type_hints
 import pytest
 import yaml
 
-from qorpo import recipe as recipe_module
 from qorpo.data.shapes import SHAPES, RankedPairs
 from qorpo.data.sources import Source
 from qorpo.data.tokenize import Limits
 from qorpo.errors import RecipeError
-from qorpo.recipe import FIELDS, MemoryRecipe, Recipe, load_recipe, resolve
+from qorpo.recipe import FIELDS, MemoryRecipe, Recipe, SourceRecipe, load_recipe, resolve, values
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
 LEAST = {"model": {"path": "demo"}, "data": {"train": "demo"}, "output": "runs/x"}
@@ -593,14 +592,12 @@ def test_a_source_may_say_more_than_its_path(tmp_path):
 
 
 def test_the_recipe_names_what_the_data_rooms_know():
-    assert get_args(recipe_module.Shape) == tuple(shape.name for shape in SHAPES)
-    assert get_args(recipe_module.RankedPairs) == get_args(RankedPairs)
-    assert {field.name for field in dataclasses.fields(Source)} == set(
-        recipe_module.SourceRecipe.model_fields
-    )
+    assert get_args(values.Shape) == tuple(shape.name for shape in SHAPES)
+    assert get_args(values.RankedPairs) == get_args(RankedPairs)
+    assert {field.name for field in dataclasses.fields(Source)} == set(SourceRecipe.model_fields)
     limits = get_type_hints(Limits)
-    assert get_args(recipe_module.LongPrompts) == get_args(limits["long_prompts"])
-    assert get_args(recipe_module.LongResponses) == get_args(limits["long_responses"])
+    assert get_args(values.LongPrompts) == get_args(limits["long_prompts"])
+    assert get_args(values.LongResponses) == get_args(limits["long_responses"])
 
 
 def test_full_tuning_has_autos_of_its_own():

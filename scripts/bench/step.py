@@ -39,7 +39,7 @@ from qorpo.data.pack import PairLengths, row_tokens
 from qorpo.errors import RunError
 from qorpo.model.checkpointing import decoder_layers
 from qorpo.planning.auto import cap_card, planned_bytes
-from qorpo.recipe import Attention
+from qorpo.recipe.values import Attention
 from qorpo.training.loop import Trainer
 
 WARM_UP = 2

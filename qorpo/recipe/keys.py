@@ -1,0 +1,282 @@
+"""The recipe's keys with their defaults and bounds, section by section."""
+
+import os
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
+
+from qorpo.recipe.values import (
+    Attention,
+    AutoCount,
+    AutoFlag,
+    AutoLayers,
+    AutoPositive,
+    BelowOne,
+    Columns,
+    Count,
+    Every,
+    Flag,
+    Fraction,
+    LongPrompts,
+    LongResponses,
+    Names,
+    NllAverage,
+    NllTokens,
+    NotNegative,
+    OnBadRecord,
+    Optimizer,
+    Positive,
+    Quantization,
+    RankedPairs,
+    Schedule,
+    Seed,
+    Shape,
+    Sharding,
+    Targets,
+    Text,
+    Trackers,
+    Tuning,
+    expects,
+    listed,
+    shown,
+)
+
+
+def key(default: Any, description: str, **options: Any) -> Any:
+    """A key of the recipe; `...` for one that must be given. The description goes into messages and documentation."""
+    return Field(default, description=description, **options)
+
+
+class _Keys(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class ModelRecipe(_Keys):
+    path: Text = key(..., "The base model: a local folder, a hub id, or demo (qorpo's own tiny one).")
+    revision: Text | None = key(None, "Branch, tag or commit of a hub model; null: its default branch.")
+    quantization: Quantization = key(
+        "auto", "Weights of the frozen base: nf4 (4 bits) or none; auto: nf4, or none for full."
+    )
+    attention: Attention = key("auto", "Attention over shared prompts; auto: chosen as the model loads.")
+    liger: AutoFlag = key("auto", "liger-kernel's RMSNorm, RoPE, SwiGLU or GeGLU; auto: where CUDA is.")
+    chat_template: Text | None = key(None, "A Jinja file to use in place of the tokenizer's template.")
+    trust_remote_code: Flag = key(False, "Run Python code that comes with the model.")
+    allow_pickle: Flag = key(False, "Where there is no safetensors, load .bin weights (tensors only).")
+
+
+class LoraRecipe(_Keys):
+    rank: Count = key(16, "Rank of the adapters.")
+    alpha: Count = key(32, "The adapters' output is scaled by alpha / rank.")
+    dropout: BelowOne = key(0.0, "Dropout on the adapters' input.")
+    targets: Targets = key("all-linear", "Modules with an adapter: all-linear (all but the head), or names.")
+    modules_to_save: Names = key((), "Modules to train whole and save too, such as embed_tokens.")
+
+
+class SourceRecipe(_Keys):
+    """A source of pairs with more to it than its path."""
+
+    path: Text
+    config: Text | None = None
+    split: Text | None = None
+    revision: Text | None = None
+    weight: Positive = 1.0
+    shape: Shape | None = None
+    columns: Columns = {}
+
+
+Sources = Annotated[tuple[Text | SourceRecipe, ...], Field(min_length=1), BeforeValidator(listed)]
+_SOURCE = "a file, a folder, a hub id, demo, or a list of these, each also with keys " + ", ".join(
+    SourceRecipe.model_fields
+)
+TrainSources = Annotated[Sources, expects(_SOURCE)]
+EvalSources = Annotated[
+    Fraction | Sources | None, expects(f"a fraction of train between 0 and 1, null, or {_SOURCE}")
+]
+
+
+class DataRecipe(_Keys):
+    train: TrainSources = key(
+        ..., "Preference pairs to train on: a file, folder, hub id, demo, or a list of these."
+    )
+    eval: EvalSources = key(None, "Pairs to evaluate on: the same, or a fraction of train; null: none.")
+    shape: Shape | None = key(None, "How records are laid out; null: told from their columns.")
+    columns: Columns = key({}, "Names of columns, qorpo's to the records' own: {prompt: query}.")
+    ranked_pairs: RankedPairs = key("best-worst", "Which of several ranked answers to a prompt make pairs.")
+    min_margin: NotNegative = key(
+        0.0, "Least difference of scores (or of a preference: 0 tie, 1 sure) to keep."
+    )
+    max_length: Count = key(2048, "Most tokens in a prompt with one of its answers.")
+    max_prompt_length: Count = key(1024, "Most tokens in a prompt, under max_length.")
+    long_prompts: LongPrompts = key(
+        "drop", "A pair with a prompt over max_prompt_length: drop it, or keep_end."
+    )
+    long_responses: LongResponses = key("cut", "An answer over max_length: cut it, or drop the pair.")
+    on_bad_record: OnBadRecord = key(
+        "fail", "At a record that makes no sense: fail, or skip it and count it."
+    )
+
+    @field_validator("max_prompt_length")
+    @classmethod
+    def _leaves_room_for_an_answer(cls, prompt: int, info: ValidationInfo) -> int:
+        # A field's validator, not the model's: it runs whatever is wrong with the section's other fields.
+        longest = info.data.get("max_length")
+        if longest is not None and prompt >= longest:
+            text = f"max_prompt_length ({prompt}) must be less than max_length ({longest})"
+            raise PydanticCustomError("section", "{text}; lower it or raise max_length", {"text": text})
+        return prompt
+
+
+class ObjectiveRecipe(_Keys):
+    name: Literal["orpo"] = key("orpo", "The loss.")
+    weight: NotNegative = key(0.1, "λ, the weight of the odds ratio term beside the NLL.", alias="lambda")
+    nll_tokens: NllTokens = key(
+        "response", "The NLL is over the response (the paper), or over all: the prompt too."
+    )
+    nll_average: NllAverage = key(
+        "sequence", "The NLL's mean: by sequence, then pair (the paper), or by token."
+    )
+
+
+class TrainRecipe(_Keys):
+    pairs_per_step: Count = key(32, "Preference pairs to one optimizer step, over all GPUs.")
+    learning_rate: AutoPositive = key(
+        "auto", "The highest learning rate, at the end of warm-up; auto: 1e-4, or 8e-6 for full."
+    )
+    epochs: Positive = key(1.0, "Passes over the training pairs; fractions are fine.")
+    max_steps: Count | None = key(None, "Optimizer steps to take; where given, it wins over epochs.")
+    warmup_ratio: BelowOne = key(0.1, "Fraction of the steps over which the learning rate climbs from 0.")
+    schedule: Schedule = key("cosine", "The learning rate's course after warm-up.")
+    optimizer: Optimizer = key(
+        "auto",
+        "AdamW of bitsandbytes or torch; auto: paged_adamw_8bit, or adamw_torch_fused for full or sharded.",
+    )
+    weight_decay: NotNegative = key(0.0, "AdamW's decoupled weight decay.")
+    adam_beta1: BelowOne = key(0.9, "AdamW's decay of the gradient's running average.")
+    adam_beta2: BelowOne = key(0.999, "AdamW's decay of the squared gradient's running average.")
+    adam_epsilon: Positive = key(1e-8, "AdamW's term against division by zero.")
+    max_grad_norm: NotNegative | None = key(
+        1.0, "Longer gradients are clipped to this norm; 0 or null: never."
+    )
+    seed: Seed = key(42, "Seed of all that is random: adapters, order of pairs, evaluation split, dropout.")
+    eval_every: Every = key(0.1, "How often to evaluate: below 1 in epochs, from 1 on in steps.")
+    save_every: Every = key(0.1, "How often to save a checkpoint: below 1 in epochs, from 1 on in steps.")
+    log_every: Count = key(1, "Steps from one log line to the next; metrics.jsonl has every step.")
+    keep_checkpoints: Count = key(2, "How many of the latest checkpoints to keep.")
+    report_to: Trackers = key("auto", "Experiment trackers; auto: tensorboard where installed; []: none.")
+
+
+class MemoryRecipe(_Keys):
+    budget_gib: AutoPositive = key(
+        "auto", "Memory to stay within, CUDA's own included; auto: all that is free on the card."
+    )
+    microbatch_tokens: AutoCount = key("auto", "Tokens in a forward pass; auto: planned, 4096 at most.")
+    logprob_chunk_tokens: AutoCount = key("auto", "Tokens with logits at once; auto: planned, 1024 at most.")
+    activation_checkpointing: AutoLayers = key(
+        "auto", "Recompute layers in backward: true, false, or how many; auto: as many as the plan needs."
+    )
+    activation_offload: AutoFlag = key(
+        "auto", "Keep recomputed layers' inputs in host memory; auto: only where the plan needs it."
+    )
+    sharding: Sharding = key(
+        "auto",
+        "Weights over several GPUs: none (each has all), full, hybrid (within nodes); auto: none, or full for --full.",
+    )
+
+
+class Recipe(_Keys):
+    model: ModelRecipe = key(..., "The base model.")
+    tuning: Tuning = key(
+        "lora", "What trains: lora adapters, or full, all of the model's parameters (--full)."
+    )
+    lora: LoraRecipe = key(..., "The adapters trained on it.")
+    data: DataRecipe = key(..., "The preference pairs.")
+    objective: ObjectiveRecipe = key(..., "The loss.")
+    train: TrainRecipe = key(..., "The optimization.")
+    memory: MemoryRecipe = key(..., "Memory against speed; the result stays the same.")
+    output: Text = key(..., "The run folder, which the run makes.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _absent_sections_are_empty(cls, raw: dict[str, Any]) -> dict[str, Any]:
+        # So that keys missing in them are named by their full path. YAML reads a heading without keys as null.
+        sections = (name for name in cls.model_fields if name not in ("output", "tuning"))
+        return {**raw, **{name: {} for name in sections if raw.get(name) is None}}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as a YAML file holds it: plain values, `lambda` by that name."""
+        return self.model_dump(mode="json", by_alias=True)
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the recipe so that `load_recipe(path)` gives an equal one."""
+        Path(path).write_text(self.to_yaml(), encoding="utf-8")
+
+    def replace(self, key: str, value: Any) -> "Recipe":
+        """A copy with one key changed, checked anew: `recipe.replace("model.attention", "sdpa")`."""
+        from qorpo.recipe.reading import load_recipe  # which makes Recipes
+
+        raw = self.to_dict()
+        set_key(raw, key, value)
+        return load_recipe(raw)
+
+    def values(self) -> list[tuple[str, Any]]:
+        """Every key by its dotted path, with its plain value."""
+        return list(_values(self.to_dict()))
+
+    def differences(self, other: "Recipe", ignoring: Collection[str] = ()) -> list[str]:
+        """What changed from this recipe, the saved run's, to `other`, the one given now; one line a key.
+
+        `ignoring` names keys ("train.log_every") and whole sections ("memory").
+        """
+        now = dict(other.values())
+        return [
+            f"{key}: {shown(saved)} in the saved run, {shown(now[key])} now"
+            for key, saved in self.values()
+            if saved != now[key] and not {key, key.split(".")[0]} & set(ignoring)
+        ]
+
+
+def set_key(raw: dict[str, Any], path: str, value: Any) -> None:
+    section, _, key = path.rpartition(".")
+    if not section:
+        raw[key] = value
+        return
+    if raw.get(section) is None:
+        raw[section] = {}
+    if isinstance(raw[section], dict):  # else the section's own problem is reported
+        raw[section][key] = value
+
+
+def _values(raw: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in raw.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}.{key}", inner) for key, inner in value.items())
+        else:
+            yield name, value
+
+
+def _fields() -> Iterator[tuple[str, FieldInfo]]:
+    for name, field in Recipe.model_fields.items():
+        yield name, field
+        if isinstance(field.annotation, type) and issubclass(field.annotation, _Keys):
+            for key, inner in field.annotation.model_fields.items():
+                yield f"{name}.{inner.alias or key}", inner
+
+
+FIELDS = dict(_fields())
+"""Every key by its full path, a section before the keys in it, with pydantic's account: description, default."""

@@ -1,0 +1,139 @@
+"""A YAML file or a mapping becomes a Recipe; what is wrong with it is said in plain words, all of it at once."""
+
+import copy
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from qorpo.errors import RecipeError
+from qorpo.recipe.keys import FIELDS, Recipe, set_key
+from qorpo.recipe.values import shown
+
+
+def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe from a YAML file or a mapping, then set `key.sub=value` overrides, whose values are YAML too.
+
+    Raises RecipeError with every problem found in the file, the overrides and their combination.
+    """
+    problems: list[str] = []
+    if isinstance(source, Mapping):
+        where, raw = "recipe", copy.deepcopy(dict(source))
+    else:
+        where, raw = os.fspath(source), _read_file(Path(source), problems)
+    for override in overrides:
+        _override(raw, override, problems)
+    try:
+        recipe = Recipe.model_validate(raw)
+    except ValidationError as error:
+        problems += [_explain(detail) for detail in error.errors()]
+    if problems:
+        raise recipe_error(where, problems)
+    return recipe
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe subset, noting keys given twice, of which YAML would silently take the last."""
+
+    problems: list[str]
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[str, int] = {}
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                first = lines[key.value]
+                self.problems.append(
+                    f"line {line}: {key.value} given again (first on line {first}); keep one"
+                )
+            lines.setdefault(key.value, line)
+        return super().construct_mapping(node, deep)
+
+
+def _parse(text: str, problems: list[str]) -> Any:
+    """The value of a YAML text; keys given twice go to `problems`. Raises ValueError where it is no YAML."""
+    try:
+        loader = _Loader(text)
+        loader.problems = problems
+        return loader.get_single_data()
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise ValueError(f"{line}not valid YAML: {error.problem}") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-13-01
+        raise ValueError(f"not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _read_file(path: Path, problems: list[str]) -> dict[str, Any]:
+    try:
+        raw = _parse(path.read_text(encoding="utf-8"), problems)
+    except OSError as error:  # missing, a folder, not ours to read
+        raise RecipeError(f"{path}: {error.strerror}; give the path of a recipe, a YAML file") from None
+    except UnicodeDecodeError:
+        raise RecipeError(f"{path}: not text in UTF-8; give the path of a recipe, a YAML file") from None
+    except ValueError as error:
+        raise recipe_error(str(path), [str(error)]) from None
+    if not isinstance(raw, dict | None):
+        text = f"got {shown(raw)}; expected keys and values, such as output: runs/first"
+        raise recipe_error(str(path), [text])
+    return raw or {}
+
+
+def _override(raw: dict[str, Any], override: str, problems: list[str]) -> None:
+    """Set one `key.sub=value` in `raw`, or say in `problems` why not."""
+    key, equals, text = (part.strip() for part in override.partition("="))
+    if not equals:
+        problems.append(f"override {override!r}: expected key=value, such as train.epochs=2")
+    elif key not in FIELDS:
+        problems.append(_unknown(key))
+    else:
+        try:
+            set_key(raw, key, _parse(text, problems))
+        except ValueError as error:
+            problems.append(f"override {override!r}: {error}; quote the value")
+
+
+# --- what is wrong, in plain words ---
+
+
+def recipe_error(where: str, problems: Sequence[str]) -> RecipeError:
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    return RecipeError("\n  ".join([f"{where}: {count}", *problems]))
+
+
+def _explain(error: ErrorDetails) -> str:
+    path = ".".join(str(part) for part in error["loc"])
+    expected = error["msg"]
+    match error["type"]:
+        case "extra_forbidden" | "invalid_key":
+            return _unknown(path)
+        case "missing":
+            what = str(FIELDS[path].description).rstrip(".")
+            return f"{path}: missing; give {what[0].lower()}{what[1:]}"
+        case "section":
+            return f"{path.rpartition('.')[0]}: {error['msg']}"
+        case "literal_error":
+            expected = error["ctx"]["expected"].replace("'", "")
+        case "model_type":
+            expected = "a section, with keys of its own"
+    return f"{path}: got {shown(error['input'])}; expected {expected}"
+
+
+def _unknown(path: str) -> str:
+    """An unknown key, with the nearest known one wherever it is; in the same section it is nearer."""
+    section, _, wrong = path.rpartition(".")
+
+    def nearness(known: str) -> float:
+        home, _, key = known.rpartition(".")
+        likeness = difflib.SequenceMatcher(None, wrong.lower(), key).ratio()
+        return likeness + 0.1 * (home == section) if likeness >= 0.7 else 0
+
+    nearest = max(FIELDS, key=nearness)
+    if nearness(nearest):
+        return f"{path}: unknown key; did you mean {nearest}?"
+    siblings = [known for known in FIELDS if known.rpartition(".")[0] == section]
+    return f"{path}: unknown key; known are {', '.join(siblings or Recipe.model_fields)}"

@@ -1,0 +1,75 @@
+"""What `auto` stands for."""
+
+import importlib.util
+from collections.abc import Callable
+
+from qorpo.recipe.keys import Recipe
+from qorpo.recipe.reading import recipe_error
+
+
+def resolve(
+    recipe: Recipe,
+    *,
+    device_type: str,
+    installed: Callable[[str], bool] | None = None,
+) -> Recipe:
+    """A copy with every `auto` replaced but those of model.attention, memory and (where it may be) model.liger, which
+    are resolved as the model loads.
+
+    `device_type` is torch's ("cuda", "cpu", …). `installed` tells whether a module can be imported. Raises RecipeError where the recipe needs one that can't.
+    """
+    installed = installed or _importable
+    full = recipe.tuning == "full"
+    is_sharded = full or recipe.memory.sharding in ("full", "hybrid")  # bitsandbytes' optimizers can't be
+    meaning = {
+        "model.quantization": "none" if full else "nf4",
+        "memory.sharding": "full" if full else "none",
+        "train.learning_rate": 8e-6 if full else 1e-4,
+        "train.optimizer": "adamw_torch_fused" if is_sharded else "paged_adamw_8bit",
+        "train.report_to": ["tensorboard"] if installed("tensorboard") else [],
+    }
+    liger_needs = {
+        f"a CUDA device, and this is {device_type}": device_type == "cuda",
+        "liger-kernel, which is not installed (pip install liger-kernel)": installed("liger_kernel"),
+        "Triton, which is not installed (pip install triton)": installed("triton"),
+    }
+    liger_lacks = [need for need, is_met in liger_needs.items() if not is_met]
+    if liger_lacks:
+        meaning["model.liger"] = False
+    for key, value in recipe.values():
+        if value == "auto" and key in meaning:
+            recipe = recipe.replace(key, meaning[key])
+
+    problems = []
+    if recipe.model.liger is True and liger_lacks:
+        problems.append(f"model.liger: true needs {liger_lacks[0]}; set it to auto")
+    if full and recipe.model.quantization == "nf4":
+        problems.append(
+            "model.quantization: nf4 weights can't be trained; leave out --full (tuning: full), or set it to auto or none"
+        )
+    if recipe.memory.activation_offload is True and device_type != "cuda":
+        problems.append(
+            f"memory.activation_offload: true needs a CUDA device, and this is {device_type}; set it to auto"
+        )
+    for tracker in recipe.train.report_to:
+        if not installed(tracker):
+            package = "'qorpo[tracking]'" if tracker in ("tensorboard", "wandb") else tracker
+            problems.append(
+                f"train.report_to: {tracker} is not installed; pip install {package}, or leave it out"
+            )
+    if not installed("bitsandbytes"):
+        quantization, optimizer = recipe.model.quantization, recipe.train.optimizer
+        missing = "needs bitsandbytes, which is not installed; pip install bitsandbytes, or set"
+        if quantization == "nf4":
+            problems.append(f"model.quantization: {quantization} {missing} model.quantization: none")
+        if not optimizer.startswith("adamw_torch"):
+            problems.append(f"train.optimizer: {optimizer} {missing} train.optimizer: adamw_torch")
+    if problems:
+        raise recipe_error("recipe", problems)
+    return recipe
+
+
+def _importable(module: str) -> bool:
+    spec = importlib.util.find_spec(module)
+    # Without an origin it is a mere folder of that name, such as the ./wandb that wandb writes.
+    return spec is not None and spec.origin is not None

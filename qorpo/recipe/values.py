@@ -1,0 +1,100 @@
+"""The kinds of value a recipe's keys take, and what a message says belongs there."""
+
+import os
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, StrictBool, ValidationError, WrapValidator
+from pydantic_core import PydanticCustomError
+
+
+def expects(text: str) -> WrapValidator:
+    """Whatever is wrong with a value of this type, `text` says what belongs there."""
+
+    def check(value: Any, validate: Callable[[Any], Any]) -> Any:
+        try:
+            return validate(value)
+        except ValidationError:
+            raise PydanticCustomError("expects", "{text}", {"text": text}) from None
+
+    return WrapValidator(check)
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 8e-6 as text, and pydantic takes true for 1; here only the first is a number."""
+    if isinstance(value, bool):
+        raise ValueError("a truth value is no number")
+    return float(value) if isinstance(value, str) else value
+
+
+def _whole_from_1(every: float) -> float:
+    if every >= 1 and every != int(every):
+        raise ValueError("no whole number of steps")
+    return int(every) if every >= 1 else every
+
+
+def _text(value: Any) -> Any:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def listed(value: Any) -> Any:
+    return [value] if isinstance(value, str | os.PathLike | dict) else value
+
+
+Auto = Literal["auto"]
+Flag = Annotated[StrictBool, expects("true or false")]
+AutoFlag = Annotated[Auto | StrictBool, expects("auto, true or false")]
+
+Whole = Annotated[int, BeforeValidator(_number)]
+Real = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_number)]
+Count = Annotated[Whole, Field(ge=1), expects("a whole number of at least 1")]
+AutoCount = Annotated[Auto | Count, expects("auto, or a whole number of at least 1")]
+AutoLayers = Annotated[
+    Auto | StrictBool | Count, expects("auto, true, false, or how many layers, from the first")
+]
+Seed = Annotated[Whole, Field(ge=0, lt=2**32), expects("a whole number from 0 to 4294967295")]
+Positive = Annotated[Real, Field(gt=0), expects("a number above 0")]
+AutoPositive = Annotated[Auto | Positive, expects("auto, or a number above 0")]
+NotNegative = Annotated[Real, Field(ge=0), expects("a number of at least 0")]
+BelowOne = Annotated[Real, Field(ge=0, lt=1), expects("a number from 0 to below 1")]
+Fraction = Annotated[Real, Field(gt=0, lt=1)]
+Every = Annotated[Positive, AfterValidator(_whole_from_1), expects("a number above 0, and whole from 1 on")]
+
+Text = Annotated[str, Field(min_length=1), BeforeValidator(_text), expects("text (quote a number or a date)")]
+Texts = Annotated[tuple[Text, ...], Field(min_length=1), BeforeValidator(listed)]
+Names = Annotated[tuple[Text, ...], BeforeValidator(listed), expects("a list of module names")]
+Targets = Annotated[Literal["all-linear"] | Texts, expects("all-linear, or a list of module names")]
+Columns = Annotated[
+    dict[Text, Text], expects("names of qorpo's and the records' own, such as {prompt: query}")
+]
+
+Quantization = Literal["nf4", "none", "auto"]
+Attention = Literal["auto", "flash", "varlen", "sdpa", "dense", "separate"]
+Tuning = Literal["lora", "full"]
+Sharding = Literal["auto", "none", "full", "hybrid"]
+OnBadRecord = Literal["fail", "skip"]
+Shape = Literal["chosen-rejected", "two-outputs", "scored", "ranked"]
+RankedPairs = Literal["best-worst", "adjacent", "all"]
+LongPrompts = Literal["drop", "keep_end"]
+LongResponses = Literal["cut", "drop"]
+NllTokens = Literal["response", "all"]
+NllAverage = Literal["sequence", "token"]
+Schedule = Literal["cosine", "linear", "inverse_sqrt", "constant"]
+Optimizer = Literal[
+    "auto", "paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw_torch", "adamw_torch_fused"
+]
+# What accelerate can report to, each by the name of the module it needs.
+TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
+Trackers = Annotated[
+    Auto | Annotated[tuple[Literal[TRACKERS], ...], BeforeValidator(listed)],  # type: ignore[valid-type]
+    expects(f"auto, [] for none, or a list of {', '.join(TRACKERS)}"),
+]
+
+
+def shown(value: Any) -> str:
+    """A value as a recipe would have it, cut where it is long."""
+    if value is None or isinstance(value, bool):
+        text = {None: "null", True: "true", False: "false"}[value]
+    else:
+        text = repr(value) if isinstance(value, str) else str(value)
+    return text if len(text) <= 80 else text[:77] + "..."
