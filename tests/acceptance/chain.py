@@ -60,6 +60,35 @@ class Row:
         return path
 
 
+# --- the main job ---
+
+
+def adapters(row: Row, folder: Path, *overrides: str) -> None:
+    """data, plan, train, merge with its verification; then transformers alone."""
+    recipe, run, merged = row.write_recipe(folder), folder / "run", folder / "merged"
+    data = json.loads(qorpo("data", recipe, *overrides, "--json").stdout)
+    assert json.loads(qorpo("plan", recipe, *overrides, "--json").stdout)["fits"]
+    train_killed_and_resumed(recipe, run, *overrides)
+    check_run(row, run, data)
+    qorpo("merge", run, "--output", merged)
+    verification = read_json(merged / "verification.json")
+    assert verification["verdict"] == "pass"
+    assert verification["pairs"] == data["eval"]["kept"]
+    check_opens(merged)
+
+
+def all_parameters(row: Row, folder: Path, *overrides: str) -> None:
+    """The same with --full, and the last checkpoint exported."""
+    recipe, run, exported = row.write_recipe(folder), folder / "run", folder / "exported"
+    data = json.loads(qorpo("data", recipe, *overrides, "--json").stdout)
+    assert json.loads(qorpo("plan", recipe, *overrides, "--full", "--json").stdout)["fits"]
+    train_killed_and_resumed(recipe, run, *overrides, "--full")
+    check_run(row, run, data)
+    qorpo("export", run, "--output", exported)
+    for model in (run / "model", exported):
+        check_opens(model)
+
+
 # --- commands ---
 
 
