@@ -617,3 +617,15 @@ def test_sharded_adapters_keep_their_base_in_4_bits_and_take_torchs_optimizer():
 def test_full_tuning_cannot_have_4_bits():
     with pytest.raises(RecipeError, match="nf4 weights can't be trained; leave out --full"):
         resolve(load_recipe(LEAST, ["tuning=full", "model.quantization=nf4"]), device_type="cuda")
+
+
+PAPERS = [path for path in CONFIGS if path.name.startswith(("opt-", "phi-2", "llama-2", "mistral-7b-alpha"))]
+
+
+@pytest.mark.parametrize("path", PAPERS, ids=lambda path: path.name)
+def test_a_recipe_of_the_papers_models_trains_all_parameters_at_the_papers_rate(path):
+    full = resolve(load_recipe(path, ["tuning=full"]), device_type="cuda", installed=lambda module: True)
+    assert full.train.learning_rate == 8e-6
+    assert full.model.quantization == "none"
+    lora = resolve(load_recipe(path), device_type="cuda", installed=lambda module: True)
+    assert lora.train.learning_rate == 1e-4
