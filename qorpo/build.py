@@ -3,9 +3,9 @@
 import logging
 from collections.abc import Sequence
 
+from qorpo.data.locate import Source
 from qorpo.data.prepare import PreparedData, prepare_pairs
 from qorpo.data.shapes import Layout
-from qorpo.data.sources import Source
 from qorpo.data.tokenize import ChatFormat, Limits
 from qorpo.model.load import load_tokenizer, read_chat_template
 from qorpo.recipe import DataRecipe, Recipe, SourceRecipe

@@ -1,18 +1,21 @@
 """The `qorpo` command: each command calls the library, prints what it returns, and names its errors."""
 
+import contextlib
 import json
 import logging
 import os
 import sys
 import time
+import traceback
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
 from qorpo.errors import QorpoError
+from qorpo.printable import printable
 
 app = typer.Typer(
     help="Align a language model with ORPO on one GPU: LoRA adapters on a 4-bit base, trained on preference pairs.",
@@ -60,15 +63,15 @@ def train(
         resume = resume or (was_restarted and Path(settings.output, "recipe.yaml").expanduser().exists())
         result = run(settings, resume=resume, progress=ConsoleProgress(console))
     except KeyboardInterrupt:  # typer would end without a word
-        typer.echo("qorpo: stopped; go on with --resume", err=True)
+        say("qorpo: stopped; go on with --resume", err=True)
         raise typer.Exit(130) from None
     if int(os.environ.get("RANK", "0")):
         return
-    typer.echo(f"{'model' if result.trainer.is_full else 'adapter'}: {result.trained}")
+    say(f"{'model' if result.trainer.is_full else 'adapter'}: {result.trained}")
     if result.best_step is not None:
-        typer.echo(f"best evaluation loss at step {result.best_step} of {result.steps}")
+        say(f"best evaluation loss at step {result.best_step} of {result.steps}")
     for name, value in sorted(result.metrics.items()):
-        typer.echo(f"{name}: {value:.4f}")
+        say(f"{name}: {value:.4f}")
 
 
 @app.command()
@@ -83,7 +86,7 @@ def export(
     """Write the model of a sharded checkpoint as a folder that transformers opens."""
     from qorpo.training.export import export_model
 
-    typer.echo(f"model: {export_model(run, output, dtype=dtype)}")
+    say(f"model: {export_model(run, output, dtype=dtype)}")
 
 
 @app.command()
@@ -113,7 +116,7 @@ def data(
     if output is not None:
         save(output, found, shown)
     if as_json:
-        typer.echo(json.dumps(as_dict(found, shown)))
+        say(json.dumps(as_dict(found, shown)))
     else:
         Console().print(draw(found, shown))
 
@@ -169,14 +172,14 @@ def merge(
                 check_only=check_only, allow_pickle=allow_pickle, progress=progress,
             )  # fmt: skip
     except KeyboardInterrupt:
-        typer.echo("qorpo: stopped", err=True)
+        say("qorpo: stopped", err=True)
         raise typer.Exit(130) from None
     if result.output is None:
-        typer.echo(f"nothing written; {result.changed} tensors would change")
+        say(f"nothing written; {result.changed} tensors would change")
         return
-    typer.echo(f"merged: {result.output}")
+    say(f"merged: {result.output}")
     for line in result.verification.lines() if result.verification else []:
-        typer.echo(line)
+        say(line)
     if result.verification and not result.verification.passed:
         raise typer.Exit(1)
 
@@ -213,13 +216,15 @@ def plan(
     ]
     if as_json:
         found = [each.to_dict() for each in plans]
-        typer.echo(json.dumps(found[0] if len(found) == 1 else found, indent=2, ensure_ascii=False))
+        say(json.dumps(found[0] if len(found) == 1 else found, indent=2))
     else:
-        typer.echo(summary(plans[0]) if len(plans) == 1 else table(plans))
+        say(summary(plans[0]) if len(plans) == 1 else table(plans))
 
 
 def main() -> None:
     """Run the command line: 2 for what the user can fix, 1 for a fault of qorpo's own, 130 when interrupted."""
+    logging.setLogRecordFactory(_printable_record)
+    sys.excepthook = _print_traceback
     try:
         app()
     except QorpoError as error:
@@ -229,11 +234,30 @@ def main() -> None:
             # What all ranks find wrong the first one says, and torchrun ends the others meanwhile.
             time.sleep(SECONDS_FOR_THE_FIRST_RANK)
             error = f"rank {rank}: {error}"  # type: ignore[assignment]
-        typer.echo(f"qorpo: {error}", err=True)
+        say(f"qorpo: {error}", err=True)
         sys.exit(2)
 
 
 SECONDS_FOR_THE_FIRST_RANK = 20
+
+
+def say(text: object, *, err: bool = False) -> None:
+    """Print what may quote a file, row or name, none of which may reach the terminal's controls."""
+    typer.echo(printable(str(text)), err=err)
+
+
+def _printable_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
+    """Log lines of all libraries too quote what a model's folder or a row says."""
+    record = logging.LogRecord(*args, **kwargs)
+    with contextlib.suppress(
+        TypeError, ValueError, KeyError
+    ):  # arguments that don't fit the library's own text
+        record.msg, record.args = printable(record.getMessage()), None
+    return record
+
+
+def _print_traceback(*error: Any) -> None:
+    say("".join(traceback.format_exception(*error)), err=True)
 
 
 def _log_to(console: Console, level: int = logging.INFO) -> None:

@@ -1,5 +1,6 @@
 """The recipe: what is read, what is refused and in which words, and what `auto` becomes."""
 
+import contextlib
 import dataclasses
 import subprocess
 import sys
@@ -9,9 +10,11 @@ from typing import get_args, get_type_hints
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from qorpo.data.locate import Source
 from qorpo.data.shapes import SHAPES, RankedPairs
-from qorpo.data.sources import Source
 from qorpo.data.tokenize import Limits
 from qorpo.errors import RecipeError
 from qorpo.recipe import FIELDS, MemoryRecipe, Recipe, SourceRecipe, load_recipe, resolve, values
@@ -345,7 +348,19 @@ def test_lengths_are_compared_whatever_else_is_wrong_but_only_where_both_are_num
         ("a: b\n\tc: d\n", "line 2: not valid YAML: found character '\\t' that cannot start any token"),
         ("output: [x\n", "line 2: not valid YAML: expected ',' or ']', but got '<stream end>'"),
         ("output: 2024-13-01\n", "not valid YAML: month must be in 1..12"),
-        ("output: !!python/name:os.system\n", "line 1: not valid YAML: could not determine a constructor"),
+        (
+            "output: !!python/name:os.system\n",
+            "line 1: a recipe takes no tags (!!python/name:os.system); leave",
+        ),
+        ("a: 1\noutput: !!timestamp x\n", "line 2: a recipe takes no tags (!!timestamp); leave it out"),
+        ("a: !own {b: 1}\n", "line 1: a recipe takes no tags (!own); leave it out"),
+        ("a: &a [*a]\n", "line 1: a recipe takes no aliases (*a); write the value itself"),
+        ("a: &a [x]\nb: *a\n", "line 2: a recipe takes no aliases (*a); write the value itself"),
+        ("output: [" + "1:" * 9999 + "1]\n", "line 1: a value of 19,999 characters; 2,048 at most"),
+        ("a: " + "[" * 9999, "nested too deeply; a recipe has sections, and keys in them"),
+        ("- " * 9999, "nested too deeply; a recipe has sections, and keys in them"),
+        ("{a: " * 9999, "nested too deeply; a recipe has sections, and keys in them"),
+        ("#" * 300_000, "over 256 KiB; give the path of a recipe, a YAML file"),
         ("- a\n", "got ['a']; expected keys and values, such as output: runs/first"),
         ("just text", "got 'just text'; expected keys and values, such as output: runs/first"),
     ],
@@ -355,6 +370,41 @@ def test_a_file_that_holds_no_recipe(tmp_path, text, expected):
     with pytest.raises(RecipeError) as caught:
         load_recipe(path)
     assert str(caught.value).startswith(f"{path}: 1 problem\n  {expected}")
+
+
+def test_a_recipe_of_other_bytes_is_no_recipe(tmp_path):
+    for text in ("output: é".encode("latin-1"), "output: x".encode("utf-16")):
+        (tmp_path / "my.yaml").write_bytes(text)
+        with pytest.raises(RecipeError, match=r"my\.yaml: not text in UTF-8"):
+            load_recipe(tmp_path / "my.yaml")
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_any_change_of_a_recipe_is_taken_or_refused(tmp_path_factory, data):
+    path = tmp_path_factory.getbasetemp() / "any.yaml"
+    text = bytearray(CONFIGS[0].read_bytes())
+    pieces = st.binary(max_size=4) | st.sampled_from(
+        [b"!!float ", b"&a ", b"*a", b"<<: ", b"? ", b"- ", b"[", b"}", b"9" * 999, b".inf", b"2024-13-45", b"\x1b", b"|\n"]
+    )  # fmt: skip
+    for place, piece in data.draw(st.lists(st.tuples(st.integers(0, len(text)), pieces), max_size=4)):
+        text[place:place] = piece
+    path.write_bytes(text)
+    with contextlib.suppress(RecipeError):
+        load_recipe(path)
+
+
+def test_numbers_beyond_all_reason_are_refused():
+    for value in (10**5000, 2**60, "0x" + "f" * 2000):
+        with pytest.raises(RecipeError, match="expected a whole number of at least 1"):
+            load_recipe({**LEAST, "train": {"max_steps": value}})
+
+
+def test_of_very_many_problems_the_first_are_shown():
+    with pytest.raises(RecipeError) as caught:
+        load_recipe({f"key{n}": n for n in range(5000)})
+    assert str(caught.value).startswith("recipe: 5003 problems")
+    assert str(caught.value).endswith("and 4,983 more")
 
 
 def test_an_empty_file_lacks_what_every_recipe_needs(tmp_path):

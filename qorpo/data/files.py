@@ -1,6 +1,7 @@
 """Files of records: each format's reader yields (where, record), and a record that can't be read as (where, BadRecord).
 
-`where` is "pairs.jsonl:41" (lines from 1) or "pairs.parquet[40]" (rows and items from 0).
+`where` is "pairs.jsonl:41" (lines from 1) or "pairs.parquet[40]" (rows and items from 0). What a file can make a
+reader hold or do is bounded: a line or row, a .json, what a compressed file unpacks to.
 """
 
 import csv
@@ -15,37 +16,47 @@ from typing import Any, BinaryIO, cast
 
 from qorpo.data.records import BadRecord
 from qorpo.errors import DataError
+from qorpo.printable import printable
 
 Found = tuple[str, Any]  # (where, the record) or (where, a BadRecord)
 
 ROWS_PER_BATCH = 1024
 EXPECTED_FILE = "a file ending in .jsonl, .json, .csv (these also as .gz or .zst), .parquet or .arrow"
 
+MOST_BYTES_OF_A_RECORD = 16 << 20
+MOST_BYTES_OF_A_DOCUMENT = 1 << 30  # read whole it takes several times that
+# Text packs to a tenth, rarely a fiftieth. What unpacks to more than both of these was made to fill memory or time.
+MOST_BYTES_UNPACKED = 4 << 30
+MOST_TIMES_UNPACKED = 200
+
 
 def read_records(path: str | os.PathLike[str]) -> Iterator[Found]:
     """The records of a file, streamed but for .json, which is read whole.
 
-    A .json file is a list of records, an object that holds just one list, or one record a line. Text is UTF-8.
+    A .json file is a list of records, an object that holds just one list, or one record a line. Text is UTF-8; a table
+    is of commas, semicolons or tabs, whichever its header has most of.
     Raises DataError for a file that can't be read as a whole.
     """
     path = Path(path)
     kind, compression = file_kind(path)
     if kind is None:
         raise DataError(f"{path}: unknown extension {path.suffix!r}; expected {EXPECTED_FILE}")
-    import pyarrow
-
+    name = printable(path.name)
     try:
         if kind in COLUMNAR:
-            yield from COLUMNAR[kind](path)
+            yield from COLUMNAR[kind](path, name)
         else:
             with _open(path, compression) as file:
-                yield from TEXT[kind](file, path.name)
+                _check_encoding(file, name)
+                yield from TEXT[kind](file, name)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{path}: the gzip stream is broken ({error}); {_AGAIN}") from error
-    except (pyarrow.ArrowException, OSError) as error:
+    except DataError:
+        raise
+    except Exception as error:  # of a file that is damaged, Arrow's readers raise every kind there is
         # Arrow's errors of input are OSErrors without a number.
         what = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise DataError(f"{path}: can't be read ({what}); {_AGAIN}") from error
+        raise DataError(f"{path}: can't be read ({what[:200]}); {_AGAIN}") from error
 
 
 _AGAIN = "fetch or write the file again"
@@ -59,29 +70,80 @@ def file_kind(path: Path) -> tuple[str | None, str | None]:
     return (suffix if known else None), compression
 
 
-def _open(path: Path, compression: str | None) -> BinaryIO:
-    if compression == "zstd":
-        import pyarrow
+# --- opening ---
 
-        return cast(
-            BinaryIO, io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd"))
-        )
-    return cast(BinaryIO, gzip.open(path)) if compression else path.open("rb")
+
+def _open(path: Path, compression: str | None) -> io.BufferedReader:
+    if compression is None:
+        return path.open("rb")
+    most = max(MOST_BYTES_UNPACKED, MOST_TIMES_UNPACKED * path.stat().st_size)
+    packed = gzip.open(path) if compression == "gzip" else _zstd(path)  # noqa: SIM115
+    return io.BufferedReader(_Unpacked(cast(BinaryIO, packed), path, most))
+
+
+def _zstd(path: Path) -> Any:
+    import pyarrow
+
+    return pyarrow.CompressedInputStream(_arrow_file(path), "zstd")
+
+
+def _arrow_file(path: Path) -> Any:
+    import pyarrow
+
+    return pyarrow.OSFile(os.fsencode(path))  # as bytes: a name need not be UTF-8
+
+
+class _Unpacked(io.RawIOBase):
+    """What a compressed file unpacks to; raises DataError past `most` bytes."""
+
+    def __init__(self, packed: BinaryIO, path: Path, most: int):
+        self.packed, self.path, self.left = packed, path, most
+        self.most = most
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.packed.read(len(buffer))
+        buffer[: len(data)] = data
+        self.left -= len(data)
+        if self.left < 0:
+            raise DataError(
+                f"{self.path}: unpacks to over {self.most >> 30} GiB, {MOST_TIMES_UNPACKED} times its size; "
+                "unpack it yourself, if that is right"
+            )
+        return len(data)
+
+    def close(self) -> None:
+        self.packed.close()
+        super().close()
+
+
+def _check_encoding(file: io.BufferedReader, name: str) -> None:
+    start = file.peek(4)[:4]
+    if start[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in start:
+        raise DataError(f"{name}:1: the file is UTF-16 or UTF-32; save it as UTF-8")
 
 
 # --- text ---
 
 
-def _read_lines(file: BinaryIO, name: str) -> Iterator[Found]:
-    for number, line in enumerate(file, start=1):
+def _read_lines(file: io.BufferedReader, name: str) -> Iterator[Found]:
+    number = 0
+    while line := file.readline(MOST_BYTES_OF_A_RECORD + 1):
+        number += 1
         where = f"{name}:{number}"
+        if len(line) > MOST_BYTES_OF_A_RECORD:
+            _skip_line(file, line)
+            yield where, _too_long()
+            continue
         try:
             # utf-8-sig also takes the byte order mark some editors write first.
             text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
             if text:
                 yield where, json.loads(text)
         except UnicodeDecodeError as error:
-            yield where, BadRecord("not_utf8", _bad_byte(error.object, error.start), "save the file as UTF-8")
+            yield where, _not_utf8(error.object[error.start])
         except (ValueError, RecursionError) as error:
             # The error's own text would name line 1, of this line.
             at = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
@@ -91,30 +153,51 @@ def _read_lines(file: BinaryIO, name: str) -> Iterator[Found]:
             )
 
 
-def _read_document(file: BinaryIO, name: str) -> Iterator[Found]:
-    data = file.read()
+def _skip_line(file: Any, line: Any) -> None:
+    """Read on to the end of a line, of which `line` was read, holding no more than that."""
+    while line and line[-1:] not in (b"\n", "\n", "\r"):
+        line = file.readline(1 << 20)
+
+
+def _too_long() -> BadRecord:
+    return BadRecord(
+        "record_too_long", f"the record has over {MOST_BYTES_OF_A_RECORD >> 20} MiB", "cut or remove it"
+    )
+
+
+def _not_utf8(byte: int) -> BadRecord:
+    return BadRecord("not_utf8", f"byte 0x{byte:02x} is not UTF-8", "save the file as UTF-8")
+
+
+def _read_document(file: io.BufferedReader, name: str) -> Iterator[Found]:
+    data = file.read(MOST_BYTES_OF_A_DOCUMENT + 1)
+    if len(data) > MOST_BYTES_OF_A_DOCUMENT:
+        raise DataError(
+            f"{name}: over {MOST_BYTES_OF_A_DOCUMENT >> 30} GiB, and .json is read whole; write one record a line, as .jsonl"
+        )
     try:
         document = json.loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"{name}:{line}: {_bad_byte(error.object, error.start)}; save the file as UTF-8"
-        ) from None
+        problem = _not_utf8(error.object[error.start])
+        raise DataError(f"{name}:{line}: {problem}; {problem.remedy}") from None
     except (ValueError, RecursionError) as error:
         if (
             isinstance(error, json.JSONDecodeError)
             and error.msg == "Extra data"
             and data.lstrip()[:1] == b"{"
         ):
-            yield from _read_lines(io.BytesIO(data), name)  # one record a line, under .json's name
+            # One record a line, under .json's name.
+            yield from _read_lines(io.BufferedReader(cast(Any, io.BytesIO(data))), name)
             return
         raise DataError(
             f"{name}: not JSON ({error}); if it holds one record a line, name it .jsonl"
         ) from None
+    del data
     if isinstance(document, dict):
         lists = [key for key, value in document.items() if isinstance(value, list)]
         if len(lists) != 1:
-            held = ", ".join(map(repr, lists)) or "none"
+            held = ", ".join(repr(key)[:60] for key in lists[:12]) or "none"
             raise DataError(
                 f"{name}: an object with {len(lists)} lists ({held}); expected one list of records"
             )
@@ -124,22 +207,53 @@ def _read_document(file: BinaryIO, name: str) -> Iterator[Found]:
     yield from ((f"{name}[{index}]", record) for index, record in enumerate(document))
 
 
-def _read_table(file: BinaryIO, name: str) -> Iterator[Found]:
+def _read_table(file: io.BufferedReader, name: str) -> Iterator[Found]:
     """Rows of a table with a header, each cell text; one that holds messages in JSON is read as these."""
-    csv.field_size_limit(1 << 30)
-    # Bytes that are no UTF-8 become lone surrogates, so that only their row is bad.
-    text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
-    rows = csv.DictReader(text)
+    csv.field_size_limit(MOST_BYTES_OF_A_RECORD)
+    header = file.peek(1).partition(b"\n")[0]
+    lines = _TableLines(file)
+    rows = csv.DictReader(lines, delimiter=max(",;\t", key=lambda mark: header.count(mark.encode())))
     while True:
-        line = rows.line_num + 1
+        first = lines.number + 1
+        lines.start_record()
         try:
             row = next(rows, None)
         except csv.Error as error:
-            yield f"{name}:{rows.line_num}", BadRecord("not_csv", f"not CSV ({error})", "fix the line")
+            yield f"{name}:{lines.number}", BadRecord("not_csv", f"not CSV ({error})", "fix the line")
+            continue
+        except BadRecord as problem:
+            yield f"{name}:{lines.number}", problem
             continue
         if row is None:
             return
-        yield f"{name}:{max(line, 2)}", _row_record(row)
+        yield f"{name}:{max(first, 2)}", _row_record(row)
+
+
+class _TableLines:
+    """The lines of a table as text. A record longer than it may be raises BadRecord, and reading can go on."""
+
+    def __init__(self, file: BinaryIO):
+        # Bytes that are no UTF-8 become lone surrogates, so that only their row is bad.
+        self.text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
+        self.number = 0
+        self.start_record()
+
+    def start_record(self) -> None:
+        self.left = MOST_BYTES_OF_A_RECORD
+
+    def __iter__(self) -> "_TableLines":
+        return self
+
+    def __next__(self) -> str:
+        line = self.text.readline(self.left + 1)
+        if not line:
+            raise StopIteration
+        self.number += 1
+        self.left -= len(line)
+        if self.left < 0:
+            _skip_line(self.text, line)
+            raise _too_long()
+        return line
 
 
 def _row_record(row: dict[Any, Any]) -> Any:
@@ -151,8 +265,7 @@ def _row_record(row: dict[Any, Any]) -> Any:
         try:
             (cell or "").encode()
         except UnicodeEncodeError as error:
-            found = _bad_byte(cell.encode("utf-8", "surrogateescape"), None, ord(cell[error.start]) & 0xFF)
-            return BadRecord("not_utf8", found, "save the file as UTF-8")
+            return _not_utf8(ord(cell[error.start]) & 0xFF)
     return {column: _cell(text) for column, text in row.items()}
 
 
@@ -168,13 +281,7 @@ def _cell(text: str | None) -> Any:
     return text
 
 
-def _bad_byte(data: bytes, at: int | None, byte: int | None = None) -> str:
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        return "the file is UTF-16"
-    return f"byte 0x{data[at] if at is not None else byte:02x} is not UTF-8"
-
-
-TEXT: dict[str, Callable[[BinaryIO, str], Iterator[Found]]] = {
+TEXT: dict[str, Callable[[io.BufferedReader, str], Iterator[Found]]] = {
     ".jsonl": _read_lines,
     ".json": _read_document,
     ".csv": _read_table,
@@ -183,18 +290,18 @@ TEXT: dict[str, Callable[[BinaryIO, str], Iterator[Found]]] = {
 # --- tables of columns ---
 
 
-def _read_parquet(path: Path) -> Iterator[Found]:
+def _read_parquet(path: Path, name: str) -> Iterator[Found]:
     import pyarrow.parquet
 
-    with pyarrow.parquet.ParquetFile(path) as file:
-        yield from _rows(file.iter_batches(ROWS_PER_BATCH), path.name)
+    with _arrow_file(path) as opened, pyarrow.parquet.ParquetFile(opened) as file:
+        yield from _rows(file.iter_batches(ROWS_PER_BATCH), name, path.stat().st_size)
 
 
-def _read_arrow(path: Path) -> Iterator[Found]:
+def _read_arrow(path: Path, name: str) -> Iterator[Found]:
     """Arrow's streams, as datasets writes them, and its files, as Feather's second version is."""
     import pyarrow
 
-    with pyarrow.OSFile(str(path)) as file:
+    with _arrow_file(path) as file:
         is_file = file.read(6) == b"ARROW1"
         file.seek(0)
         if is_file:
@@ -202,16 +309,23 @@ def _read_arrow(path: Path) -> Iterator[Found]:
             batches = (reader.get_batch(index) for index in range(reader.num_record_batches))
         else:
             batches = iter(pyarrow.ipc.open_stream(file))
-        yield from _rows(batches, path.name)
+        yield from _rows(batches, name, path.stat().st_size)
 
 
-def _rows(batches: Any, name: str) -> Iterator[Found]:
+def _rows(batches: Any, name: str, most: int) -> Iterator[Found]:
     number = 0
     for batch in batches:
+        # Offsets and indices that point elsewhere would be followed there.
+        batch.validate(full=True)
+        if number + batch.num_rows > most:  # nulls, or one value again and again, take no room
+            raise DataError(f"{name}: over {most:,} rows in as many bytes; {_AGAIN}")
         for start in range(0, batch.num_rows, ROWS_PER_BATCH):
             for record in batch.slice(start, ROWS_PER_BATCH).to_pylist():
                 yield f"{name}[{number}]", record
                 number += 1
 
 
-COLUMNAR: dict[str, Callable[[Path], Iterator[Found]]] = {".parquet": _read_parquet, ".arrow": _read_arrow}
+COLUMNAR: dict[str, Callable[[Path, str], Iterator[Found]]] = {
+    ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
+}

@@ -20,9 +20,10 @@ from typing import Any, overload
 import numpy as np
 
 from qorpo.data.filters import digest, hold_out, prompt_key
+from qorpo.data.locate import RecordFile, Sources, open_sources
 from qorpo.data.records import DataReport, PreferencePair
 from qorpo.data.shapes import Layout
-from qorpo.data.sources import OnBadRecord, RecordFile, Sources, iter_pairs, open_sources
+from qorpo.data.sources import OnBadRecord, iter_pairs
 from qorpo.data.tokenize import ChatFormat, Limits, Tokenized, TokenizedPair, tokenize_batch, tokens_report
 from qorpo.errors import DataError
 

@@ -15,6 +15,7 @@ from qorpo.data.inspect import SIDES, ShownPair, Span, Statistics, statistics
 from qorpo.data.prepare import PreparedData
 from qorpo.data.records import DataReport
 from qorpo.errors import DataError
+from qorpo.printable import printable
 
 COLOURS = {"prompt": "cyan", "chosen": "green", "rejected": "red"}
 BAR_WIDTH = 18
@@ -41,6 +42,7 @@ REASONS = {
     "nul_character": "U+0000 in a text",
     "one_answer": "fewer than two answers to rank",
     "prompt_too_long": "the prompt is over data.max_prompt_length",
+    "record_too_long": "a line or row that is far longer than any text to learn from",
     "replacement_character": "U+FFFD in a text: characters were lost before",
     "response_too_long": "an answer is over data.max_length",
     "role_label_in_response": "'Human:' or 'Assistant:' in an answer: a turn of a transcript may have been missed",
@@ -115,7 +117,9 @@ def _reasons(title: str, counts: Mapping[str, int], examples: Mapping[str, list[
     for name in ("count", "what it means", "such as"):
         table.add_column(name)
     for reason, count in sorted(counts.items(), key=lambda item: -item[1]):
-        table.add_row(reason, f"{count:,}", REASONS[reason], ", ".join(examples[reason]))
+        # As Text: in a plain string rich reads [brackets] as markup.
+        places = Text(printable(", ".join(examples[reason])))
+        table.add_row(reason, f"{count:,}", REASONS[reason], places)
     return table
 
 
@@ -159,14 +163,15 @@ def _pairs(shown: Sequence[ShownPair]) -> Iterator[RenderableType]:
         "  ", ("special token", "reverse"), "  ", ("bold: the loss is over it", "bold"), "  ⏎ a line break",
     )  # fmt: skip
     for pair in shown:
-        yield Rule(pair.source + (f" (cut: {', '.join(pair.cut)})" if pair.cut else ""), style="dim")
+        title = printable(pair.source) + (f" (cut: {', '.join(pair.cut)})" if pair.cut else "")
+        yield Rule(Text(title), style="dim")
         for side in SIDES:
             yield Text.assemble((f"{side:>8} ", "dim"), *(_span(span, side) for span in getattr(pair, side)))
 
 
 def _span(span: Span, side: str) -> tuple[str, str]:
     style = COLOURS[side] + (" bold" if span.learned else "") + (" reverse" if span.kind == "special" else "")
-    return span.text.replace("\n", "⏎\n"), style
+    return printable(span.text).replace("\n", "⏎\n"), style
 
 
 def _plot(path: Path, data: PreparedData) -> None:

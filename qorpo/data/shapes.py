@@ -67,6 +67,8 @@ ALIASES = {
 FIELDS = tuple(ALIASES)
 LISTS = ("responses", "scores")
 
+COLUMNS_SHOWN = 12
+
 Fields = dict[str, Any]
 
 
@@ -370,7 +372,7 @@ def _joined(content: str | list[Any], where: str) -> str:
             kind = part.get("type") if isinstance(part, dict) else None
             raise BadRecord(
                 "not_text",
-                f"{where} has a part of type {kind!r}" if kind else f"{where} has a part {shown(part)}",
+                f"{where} has a part of type {_start(kind)}" if kind else f"{where} has a part {shown(part)}",
                 "leave the record out: qorpo trains on text",
             )
         texts.append(part["text"])
@@ -422,7 +424,8 @@ def _is_null(value: object) -> bool:
 
 
 def _unreadable(record: dict[Any, Any], fields: Fields, shapes: Sequence[Shape]) -> BadRecord:
-    found = ", ".join(repr(name) + (" (null)" if _is_null(value) else "") for name, value in record.items())
+    columns = [_start(name) + (" (null)" if _is_null(value) else "") for name, value in record.items()]
+    found = ", ".join(columns[:COLUMNS_SHOWN] + ["…"] * (len(columns) > COLUMNS_SHOWN))
     has_answer = any(
         isinstance(record.get(name), str | list) for name in ("completion", "messages", *_ANSWER_KEYS)
     )
@@ -466,5 +469,12 @@ def shown(value: object) -> str:
     """The value's kind and its beginning, for a message."""
     if value is None:
         return "null"
-    kind, text = _KINDS.get(type(value), type(value).__name__), repr(value)
-    return f"{kind} ({text if len(text) <= 60 else text[:57] + '...'})"
+    return f"{_KINDS.get(type(value), type(value).__name__)} ({_start(value)})"
+
+
+def _start(value: object) -> str:
+    try:
+        text = repr(value[:60] if isinstance(value, str) else value)
+    except (RecursionError, ValueError):  # nested deeply, or a number of more digits than Python writes
+        return "..."
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -4,7 +4,9 @@ Prompt and response are tokenized apart, as they are when the model answers: it 
 writes the response's. So no token spans the boundary, and exactly one stop token ends a whole response.
 """
 
+import contextlib
 import copy
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 from jinja2 import TemplateError
 
+from qorpo.data.bounds import MOST_BYTES, SECONDS, stays_within_bounds
 from qorpo.data.records import Conversation, DataReport, Message, PairSet, PreferencePair, Unusable
 from qorpo.errors import DataError
 
@@ -26,7 +29,10 @@ PLAIN_TEMPLATE = """\
 {%- if add_generation_prompt %}{{ 'Assistant:' }}{% endif -%}"""
 BOS_TEMPLATE = "{{- bos_token -}}\n"
 
+logger = logging.getLogger(__name__)
+
 PAIRS_PER_BATCH = 1024
+_WITHIN_BOUNDS: set[str] = set()  # templates, with the tokens they may write, that were tried
 _PROBE = "qorpo0probe"
 
 
@@ -84,7 +90,7 @@ class ChatFormat:
     """How a tokenizer writes conversations: the template, and the one token that stops a response.
 
     The template is the given Jinja text, else the tokenizer's own, else PLAIN_TEMPLATE; it is set on the tokenizer,
-    so that it is saved with it. The stop token is the one the template closes an assistant's turn with, if that is
+    so that it is saved with it; the log says where it is the last. The stop token is the one the template closes an assistant's turn with, if that is
     a token of its own, else EOS. `tokenizer` is one of transformers'.
 
     Raises DataError for a template that can't be used, or if there is no token to stop at.
@@ -93,9 +99,14 @@ class ChatFormat:
     def __init__(self, tokenizer: Any, chat_template: str | None = None):
         if chat_template is None and not tokenizer.chat_template:
             chat_template = (BOS_TEMPLATE if _adds_bos(tokenizer) else "") + PLAIN_TEMPLATE
+            logger.warning(
+                "model.chat_template: the tokenizer has no chat template; this plain one is taken:\n%s",
+                chat_template,
+            )
         if chat_template is not None:
             tokenizer.chat_template = chat_template
         self.tokenizer = tokenizer
+        self._check_bounds()
         # Each id a tokenizer gives is an object of 28 bytes; shared, a token costs its reference alone.
         self._shared_ids: dict[int, int] = {}
         before, self._after = self._probe()
@@ -121,7 +132,7 @@ class ChatFormat:
             prompt = self._render(pair.prompt, add_generation_prompt=True)
             chosen = self._response(pair.prompt, prompt, pair.chosen)
             rejected = self._response(pair.prompt, prompt, pair.rejected)
-        except TemplateError:
+        except (TemplateError, MemoryError):
             raise Unusable("template_refused") from None
         return Texts(prompt, chosen, rejected)
 
@@ -141,9 +152,34 @@ class ChatFormat:
         return zip(prompts, ids[::2], ids[1::2], strict=True)
 
     def _render(self, messages: Conversation, add_generation_prompt: bool = False) -> str:
-        return self.tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        try:
+            return self.tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except (TemplateError, MemoryError):
+            raise
+        except Exception as error:  # a template is a program: it divides by zero, recurses, adds null to text
+            raise TemplateError(f"{type(error).__name__}: {error}") from error
+
+    def _check_bounds(self) -> None:
+        """Raises DataError for a template that takes far more time or memory than any should."""
+        key = repr((self.tokenizer.chat_template, self.tokenizer.special_tokens_map))
+        if key in _WITHIN_BOUNDS:
+            return
+        turns: list[Message] = [
+            {"role": role, "content": "A line of text.\n" * 100} for role in ("user", "assistant") * 8
+        ]
+
+        def render() -> None:
+            with contextlib.suppress(DataError):
+                self._probe()
+            self._render(({"role": "system", "content": "Be brief."}, *turns))
+
+        if not stays_within_bounds(render):
+            raise DataError(
+                f"the chat template takes over {SECONDS} seconds or {MOST_BYTES >> 30} GiB for one conversation; {_FIX}"
+            )
+        _WITHIN_BOUNDS.add(key)
 
     def _response(self, prompt: Conversation, prompt_text: str, answer: str) -> str:
         whole = self._render((*prompt, {"role": "assistant", "content": answer}))
@@ -164,9 +200,10 @@ class ChatFormat:
             prompt = self._render((question,), add_generation_prompt=True)
             has_generation_prompt = prompt != self._render((question,))
             whole = self._render((question, {"role": "assistant", "content": _PROBE}))
-        except (TemplateError, TypeError, ValueError) as error:
+        except TemplateError as error:
+            what = " ".join(str(error).split())[:300]
             raise DataError(
-                f"the chat template can't write a question and its answer ({error}); {_FIX}"
+                f"the chat template can't write a question and its answer ({what}); {_FIX}"
             ) from error
         if not whole.startswith(prompt) or _PROBE not in whole:
             raise DataError(

@@ -31,16 +31,44 @@ def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any], overrides: S
     try:
         recipe = Recipe.model_validate(raw)
     except ValidationError as error:
-        problems += [_explain(detail) for detail in error.errors()]
+        details = error.errors(include_url=False)
+        problems += [_explain(each) if n < MOST_PROBLEMS else "" for n, each in enumerate(details)]
     if problems:
         raise recipe_error(where, problems)
     return recipe
 
 
+# A recipe is a page. What is far beyond that is no recipe, and reading it takes a long time.
+MOST_BYTES = 256 * 1024
+MOST_CHARACTERS_OF_A_VALUE = 2048
+MOST_PROBLEMS = 20
+_YAML_TAG = "tag:yaml.org,2002:"
+
+
+class _NotForRecipes(yaml.MarkedYAMLError):
+    """YAML that a recipe doesn't take."""
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML's safe subset, noting keys given twice, of which YAML would silently take the last."""
+    """YAML without aliases and tags, noting keys given twice, of which YAML would silently take the last.
+
+    A few aliases (*name) can stand for billions of values, and a tag (!!float) makes a value of what is none.
+    """
 
     problems: list[str]
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event: Any = self.peek_event()
+        if isinstance(event, yaml.AliasEvent):
+            problem = f"a recipe takes no aliases (*{event.anchor}); write the value itself"
+        elif event.tag not in (None, "!"):
+            tag = event.tag.replace(_YAML_TAG, "!!")
+            problem = f"a recipe takes no tags ({tag}); leave it out, and quote what is text"
+        elif len(getattr(event, "value", "")) > MOST_CHARACTERS_OF_A_VALUE:
+            problem = f"a value of {len(event.value):,} characters; {MOST_CHARACTERS_OF_A_VALUE:,} at most"
+        else:
+            return super().compose_node(parent, index)
+        raise _NotForRecipes(None, None, problem, event.start_mark)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         lines: dict[str, int] = {}
@@ -63,14 +91,21 @@ def _parse(text: str, problems: list[str]) -> Any:
         return loader.get_single_data()
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        raise ValueError(f"{line}not valid YAML: {error.problem}") from None
+        what = "" if isinstance(error, _NotForRecipes) else "not valid YAML: "
+        raise ValueError(f"{line}{what}{error.problem}") from None
+    except RecursionError:
+        raise ValueError("nested too deeply; a recipe has sections, and keys in them") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-13-01
         raise ValueError(f"not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def _read_file(path: Path, problems: list[str]) -> dict[str, Any]:
     try:
-        raw = _parse(path.read_text(encoding="utf-8"), problems)
+        with path.open("rb") as file:
+            data = file.read(MOST_BYTES + 1)
+        if len(data) > MOST_BYTES:
+            raise ValueError(f"over {MOST_BYTES // 1024} KiB; give the path of a recipe, a YAML file")
+        raw = _parse(data.decode(), problems)
     except OSError as error:  # missing, a folder, not ours to read
         raise RecipeError(f"{path}: {error.strerror}; give the path of a recipe, a YAML file") from None
     except UnicodeDecodeError:
@@ -102,7 +137,8 @@ def _override(raw: dict[str, Any], override: str, problems: list[str]) -> None:
 
 def recipe_error(where: str, problems: Sequence[str]) -> RecipeError:
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-    return RecipeError("\n  ".join([f"{where}: {count}", *problems]))
+    more = [f"and {len(problems) - MOST_PROBLEMS:,} more"] if len(problems) > MOST_PROBLEMS else []
+    return RecipeError("\n  ".join([f"{where}: {count}", *problems[:MOST_PROBLEMS], *more]))
 
 
 def _explain(error: ErrorDetails) -> str:

@@ -47,7 +47,8 @@ AutoFlag = Annotated[Auto | StrictBool, expects("auto, true or false")]
 
 Whole = Annotated[int, BeforeValidator(_number)]
 Real = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_number)]
-Count = Annotated[Whole, Field(ge=1), expects("a whole number of at least 1")]
+# Above 2**53 a number is no longer exact as a float, which is how YAML's 1e3 comes.
+Count = Annotated[Whole, Field(ge=1, le=2**53), expects("a whole number of at least 1")]
 AutoCount = Annotated[Auto | Count, expects("auto, or a whole number of at least 1")]
 AutoLayers = Annotated[
     Auto | StrictBool | Count, expects("auto, true, false, or how many layers, from the first")
@@ -96,5 +97,8 @@ def shown(value: Any) -> str:
     if value is None or isinstance(value, bool):
         text = {None: "null", True: "true", False: "false"}[value]
     else:
-        text = repr(value) if isinstance(value, str) else str(value)
+        try:
+            text = repr(value) if isinstance(value, str) else str(value)
+        except (ValueError, RecursionError):  # Python writes no number of over 4,300 digits
+            text = f"{type(value).__name__} that is too long to show"
     return text if len(text) <= 80 else text[:77] + "..."

@@ -24,7 +24,7 @@ import psutil
 from _lengths import MIXES, LogNormal
 from _record import MIB, add_output_option, emit
 
-from qorpo.data.sources import DEMO_FOLDER
+from qorpo.data.locate import DEMO_FOLDER
 
 TARGETS = {"first": {"seconds": 90, "peak_memory_mib": 1536}, "second": {"seconds": 2}}
 

@@ -11,9 +11,10 @@ from helpers.tiny import make_tokenizer
 
 from qorpo.data import prepare
 from qorpo.data.filters import prompt_key
+from qorpo.data.locate import Source
 from qorpo.data.prepare import largest_token_id, longest_pair, prepare_pairs
 from qorpo.data.shapes import Layout
-from qorpo.data.sources import Source, load_pairs
+from qorpo.data.sources import load_pairs
 from qorpo.data.tokenize import ChatFormat, Limits, tokenize_pairs
 from qorpo.errors import DataError
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from qorpo.data import sources
+from qorpo.data import locate
+from qorpo.data.files import read_records
 from qorpo.data.records import BadRecord
-from qorpo.data.sources import load_pairs, read_records
+from qorpo.data.sources import load_pairs
 from qorpo.errors import DataError
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
@@ -208,7 +209,7 @@ def test_on_bad_record_is_one_of_two(tmp_path):
 
 
 def test_demo_names_the_package_s_own_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "DEMO_FOLDER", tmp_path)
+    monkeypatch.setattr(locate, "DEMO_FOLDER", tmp_path)
     write(tmp_path / "train.jsonl", lines(record(0)))
     write(tmp_path / "eval.jsonl", lines(record(1)))
     assert load_pairs("demo")[0].prompt[0]["content"] == "Q0"
@@ -217,7 +218,7 @@ def test_demo_names_the_package_s_own_files(tmp_path, monkeypatch):
 
 
 def test_demo_folder_is_the_package_s():
-    assert (sources.DEMO_FOLDER / "__init__.py").is_file()
+    assert (locate.DEMO_FOLDER / "__init__.py").is_file()
 
 
 @needs_shared
@@ -367,13 +368,13 @@ def hub(tmp_path):
 
 
 def test_a_dataset_of_the_hub_by_config_and_split(hub):
-    source = sources.Source(str(hub), config="clean", split="test")
+    source = locate.Source(str(hub), config="clean", split="test")
     pairs = load_pairs(source)
     assert [pair.prompt[0]["content"] for pair in pairs] == [f"Q clean test {n}" for n in range(3)]
     assert pairs[1].source == "pairs[1]"
     (file,) = pairs.report.sources
     assert len(file["sha256"]) == 64
-    assert load_pairs(sources.Source(str(hub), config="raw"))[0].prompt[0]["content"] == "Q raw train 0"
+    assert load_pairs(locate.Source(str(hub), config="raw"))[0].prompt[0]["content"] == "Q raw train 0"
 
 
 @pytest.mark.parametrize(
@@ -381,7 +382,7 @@ def test_a_dataset_of_the_hub_by_config_and_split(hub):
 )
 def test_a_wrong_config_or_split_of_the_hub_is_named(hub, config, split, said):
     with pytest.raises(DataError, match=rf"can't be read as a dataset .*{said}.*check the name, its config"):
-        load_pairs(sources.Source(str(hub), config=config, split=split))
+        load_pairs(locate.Source(str(hub), config=config, split=split))
 
 
 @pytest.mark.parametrize("name", ["org/no-such-dataset", "org/no-such-dataset:test"])
@@ -402,7 +403,7 @@ def test_hub_names_go_to_datasets_with_their_revision(monkeypatch):
         return datasets.Dataset.from_list([record()])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    load_pairs(["org/pairs:test_prefs", sources.Source("org/pairs", "en", "train[:10%]", "v1.0")])
+    load_pairs(["org/pairs:test_prefs", locate.Source("org/pairs", "en", "train[:10%]", "v1.0")])
     assert asked == [
         (("org/pairs", None), {"split": "test_prefs", "revision": None}),
         (("org/pairs", "en"), {"split": "train[:10%]", "revision": "v1.0"}),
@@ -438,19 +439,19 @@ def test_llama_factory_s_names_and_tags(tmp_path):
 
 def test_weights_count_pairs_more_or_less_often(tmp_path):
     path = write(tmp_path / "a.jsonl", lines(*[record(n) for n in range(1000)]))
-    twice = load_pairs(sources.Source(str(path), weight=2))
+    twice = load_pairs(locate.Source(str(path), weight=2))
     assert len(twice) == twice.report.read == 2000
     assert twice[0] == twice[1]
-    half = load_pairs(sources.Source(str(path), weight=0.5))
+    half = load_pairs(locate.Source(str(path), weight=0.5))
     assert 450 < len(half) < 550
     assert half.report.dropped == {"left_out_by_weight": 1000 - len(half)}
-    assert list(half) == list(load_pairs(sources.Source(str(path), weight=0.5)))
-    assert 1450 < len(load_pairs(sources.Source(str(path), weight=1.5))) < 1550
-    both = load_pairs([path, sources.Source(str(path), weight=0.5)])
+    assert list(half) == list(load_pairs(locate.Source(str(path), weight=0.5)))
+    assert 1450 < len(load_pairs(locate.Source(str(path), weight=1.5))) < 1550
+    both = load_pairs([path, locate.Source(str(path), weight=0.5)])
     assert [source["kept"] for source in both.report.sources] == [1000, len(half)]
     for weight in (0, -1, float("inf"), float("nan")):
         with pytest.raises(DataError, match="expected a number above 0"):
-            load_pairs(sources.Source(str(path), weight=weight))
+            load_pairs(locate.Source(str(path), weight=weight))
 
 
 def test_annotators_of_one_comparison_vote(tmp_path):
