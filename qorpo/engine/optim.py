@@ -1,6 +1,7 @@
 """Optimizers and schedules by the names Hugging Face users know."""
 
 import logging
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -59,9 +60,30 @@ def make_optimizer(parameters: Iterable[nn.Parameter], recipe: TrainRecipe) -> t
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, recipe: TrainRecipe, total_steps: int) -> Any:
-    """The learning rate's course: a warm-up from 0, then the recipe's schedule over the remaining steps."""
-    warmup_steps = -int(-recipe.warmup_ratio * total_steps // 1)
-    return get_scheduler(_SCHEDULES[recipe.schedule], optimizer, warmup_steps, total_steps)
+    """The learning rate's course: it climbs over n warm-up steps, from 1/n of the highest rate at the first step to all
+    of it at the n-th, and takes the recipe's schedule over the remaining steps.
+    """
+    warmup_steps = math.ceil(recipe.warmup_ratio * total_steps)
+    schedule: Any = get_scheduler(_SCHEDULES[recipe.schedule], optimizer, warmup_steps, total_steps)
+    after_warmup = schedule.lr_lambdas[0]
+
+    def share(steps_done: int) -> float:
+        # transformers climbs from 0, where the first step would learn nothing.
+        return (steps_done + 1) / warmup_steps if steps_done < warmup_steps else after_warmup(steps_done)
+
+    schedule.lr_lambdas = [share] * len(optimizer.param_groups)
+    take_rate(schedule)
+    return schedule
+
+
+def take_rate(schedule: Any) -> None:
+    """Give the optimizer the rate that its schedule has for the next step, whatever either has loaded."""
+    schedule._last_lr = [
+        highest * share(schedule.last_epoch)
+        for highest, share in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    ]
+    for group, rate in zip(schedule.optimizer.param_groups, schedule._last_lr, strict=True):
+        group["lr"] = rate
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

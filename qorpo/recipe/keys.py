@@ -157,7 +157,9 @@ class TrainRecipe(_Keys):
     )
     epochs: Positive = key(1.0, "Passes over the training pairs; fractions are fine.")
     max_steps: Count | None = key(None, "Optimizer steps to take; where given, it wins over epochs.")
-    warmup_ratio: BelowOne = key(0.1, "Fraction of the steps over which the learning rate climbs from 0.")
+    warmup_ratio: BelowOne = key(
+        0.1, "Fraction of the steps over which the learning rate climbs; the first of them learns too."
+    )
     schedule: Schedule = key("cosine", "The learning rate's course after warm-up.")
     optimizer: Optimizer = key(
         "auto",

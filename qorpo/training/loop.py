@@ -3,13 +3,11 @@
 import contextlib
 import logging
 import math
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from accelerate.utils import DistributedType, ProjectConfiguration
 from accelerate.utils.memory import should_reduce_batch_size
@@ -21,9 +19,9 @@ from qorpo.data.pack import PairLengths
 from qorpo.data.prepare import largest_token_id, longest_pair
 from qorpo.data.records import PreferencePair
 from qorpo.data.tokenize import ChatFormat, Tokenized, TokenizedPair, tokenize_pairs
-from qorpo.engine.distributed import as_on_main, gathered, make_accelerator, ranks_of, reshard, runs_on
+from qorpo.engine.distributed import as_on_main, make_accelerator, ranks_of, reshard, runs_on
 from qorpo.engine.optim import make_optimizer, make_schedule
-from qorpo.engine.step import StepTooLargeError, StepTotals, run_step, within_memory
+from qorpo.engine.step import StepTooLargeError, run_step, within_memory
 from qorpo.errors import ModelError, RunError
 from qorpo.model.adapters import attach_lora
 from qorpo.model.checkpointing import checkpoint_layers
@@ -41,6 +39,7 @@ from qorpo.training.checkpoint import (
     save_tokenizer,
     save_whole_model,
 )
+from qorpo.training.metrics import StepMetrics
 from qorpo.training.progress import Progress
 from qorpo.training.run_folder import RunFolder
 
@@ -137,9 +136,7 @@ class Trainer:
         self.ranks = ranks_of(self.accelerator, self.scorer)
         self.schedule = make_schedule(self.optimizer, recipe.train, self.total_steps)
         self.state = TrainState()
-        # Since the last flush: each step's totals and metrics (still on the device), and the time they took.
-        self._unwritten: list[tuple[StepTotals, dict[str, Any]]] = []
-        self._interval_s = 0.0
+        self.metrics = StepMetrics(self.accelerator.device)
         self.checkpoints = Checkpoints(
             self.folder, self.model, self.scorer, self.optimizer.optimizer, self.schedule, self.ranks,
             is_full=self.is_full, keep=recipe.train.keep_checkpoints,
@@ -357,43 +354,28 @@ class Trainer:
         self.schedule.step()
         self.optimizer.zero_grad()
         self.state.step += 1
-        row = {**means, "grad_norm": grad_norm, "learning_rate": learning_rate}
-        self._unwritten.append((StepTotals.of(pairs, self.recipe.objective), row))
-        self._interval_s += time.perf_counter() - started
+        figures = {**means, "grad_norm": grad_norm, "learning_rate": learning_rate}
+        self.metrics.add(pairs, figures, time.perf_counter() - started)
 
     def _flush_metrics(self) -> dict[str, float]:
-        """Write the steps since the last flush, a line each, and return their means: the one wait for the device."""
-        started = time.perf_counter()
-        device = self.accelerator.device
-        names = list(self._unwritten[0][1])
-        entries = [
-            torch.as_tensor(gathered(row[name]), dtype=torch.float64, device=device)
-            for _, row in self._unwritten
-            for name in names
+        """Write the steps since the last flush, a line each; returns the last one's figures."""
+        found = self.metrics.read()
+        first = self.state.step - len(found) + 1
+        rows: list[dict[str, Any]] = [
+            {"step": step, "epoch": step / self.steps_per_epoch, **figures}
+            for step, figures in enumerate(found, start=first)
         ]
-        values = torch.stack(entries).view(-1, len(names)).tolist()
-        self._interval_s += time.perf_counter() - started
-        speeds = {
-            "tokens_per_second": sum(totals.row_tokens for totals, _ in self._unwritten) / self._interval_s,
-            "pairs_per_second": sum(totals.pairs for totals, _ in self._unwritten) / self._interval_s,
-            "peak_memory_gib": peak_memory_gib(device),
-        }
-        first = self.state.step - len(values) + 1
-        self._unwritten, self._interval_s = [], 0.0
-
-        rows = []
-        for step, row in enumerate(values, start=first):
-            metrics = {"epoch": step / self.steps_per_epoch, **dict(zip(names, row, strict=True)), **speeds}
-            rows.append({"step": step, **metrics})
-            self._track(metrics, step)
+        for row in rows:
+            self._track({name: value for name, value in row.items() if name != "step"}, row["step"])
         self.folder.append_metrics(rows)
         for row in rows:
             if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
                 raise _diverged(row["step"], f"loss {row['loss']}, gradient norm {row['grad_norm']}")
         self.checkpoints.finish(wait=False)
-        means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
-        self.progress.logged(self.state.step, means)
-        return means
+        self.progress.logged(
+            self.state.step, {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+        )
+        return {name: value for name, value in rows[-1].items() if name != "step"}
 
     def _track(self, metrics: dict[str, float], step: int) -> None:
         with self.folder.writing():  # trackers write files too
@@ -420,18 +402,6 @@ def _diverged(step: int, figures: str) -> RunError:
         f"step {step}: {figures}: training has diverged; lower train.learning_rate or raise train.warmup_ratio, "
         "and start anew"
     )
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """The most memory reserved on a CUDA device so far, else this process's peak resident set, in GiB."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device) / 2**30
-    if sys.platform == "win32":
-        return psutil.Process().memory_info().peak_wset / 2**30
-    import resource  # not on Windows
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
 
 
 def _mixed(seed: int, number: int) -> int:

@@ -178,11 +178,26 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("schedule", SHAPES)
-def test_the_rate_climbs_from_zero_and_then_takes_its_course(schedule):
+def test_the_rate_climbs_from_its_first_share_and_then_takes_its_course(schedule):
     found = rates(schedule=schedule, warmup_ratio=0.25)
-    assert found[:10] == pytest.approx([0.01 * step / 10 for step in range(10)])
+    assert found[:10] == pytest.approx([0.001, 0.002, 0.003, 0.004, 0.005, 0.006, 0.007, 0.008, 0.009, 0.01])
     assert found[10:] == pytest.approx([0.01 * SHAPES[schedule](step) for step in range(10, 40)])
     assert max(found) == pytest.approx(0.01)
+    assert min(found) > 0
+
+
+def test_rates_by_hand():
+    """Four steps, two of warm-up: 1/2 and 2/2, then the start and the middle of what is left."""
+    assert rates(4, schedule="linear", warmup_ratio=0.5) == pytest.approx([0.005, 0.01, 0.01, 0.005])
+    assert rates(4, schedule="cosine", warmup_ratio=0.5) == pytest.approx([0.005, 0.01, 0.01, 0.005])
+    third = 0.01 * (1 + math.cos(math.pi / 3)) / 2
+    assert rates(4, schedule="cosine", warmup_ratio=0.25) == pytest.approx([0.01, 0.01, third, 0.01 - third])
+
+
+@pytest.mark.parametrize("schedule", SHAPES)
+@pytest.mark.parametrize("ratio", [0, 0.1, 0.99])
+def test_a_single_step_has_the_full_rate(schedule, ratio):
+    assert rates(1, schedule=schedule, warmup_ratio=ratio) == [pytest.approx(0.01)]
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
@@ -193,7 +208,7 @@ def test_without_warm_up_the_first_step_has_the_full_rate(schedule):
 @pytest.mark.parametrize(("ratio", "steps"), [(0.1, 4), (0.11, 5), (0.001, 1), (0.7, 28)])
 def test_warm_up_is_rounded_up_to_whole_steps(ratio, steps):
     found = rates(schedule="constant", warmup_ratio=ratio)
-    assert found.index(0.01) == steps
+    assert found.index(0.01) == steps - 1
 
 
 def test_a_schedule_loaded_goes_on():

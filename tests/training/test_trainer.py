@@ -356,7 +356,7 @@ def test_every_step_and_every_evaluation_has_a_row(make_trainer):
         assert row["grad_norm"] > 0
         assert row["tokens_per_second"] > row["pairs_per_second"] > 0
         assert 0.01 < row["peak_memory_gib"] < 100
-    assert [row["learning_rate"] for row in steps[:2]] == [0, pytest.approx(0.005)]  # one step of warm-up
+    assert [row["learning_rate"] for row in steps[:2]] == [0.005, 0.005]  # one step of warm-up
     for row in rows:
         if "loss" not in row:
             assert all(name == "step" or name.startswith("eval_") for name in row)
@@ -371,6 +371,21 @@ def test_without_evaluation_the_last_step_is_kept_and_returned(make_trainer):
     assert trainer.state.best_step is None
     assert returned["loss"] == read_metrics(trainer.folder.path)[-1]["loss"]
     assert adapter_bytes(trainer) == adapter_bytes(trainer, trainer.folder.checkpoint(3))
+
+
+def test_a_single_step_trains(make_trainer):
+    trainer = make_trainer(train__max_steps=1)
+    trainer.train()
+    changed = [weight for name, weight in load_adapter_file(trainer).items() if "lora_B" in name]
+    assert changed
+    assert all(weight.any() for weight in changed)
+
+
+def test_what_is_returned_is_the_last_steps_own(make_trainer):
+    trainer = make_trainer(has_eval=False, train__max_steps=4, train__log_every=3)
+    returned = trainer.train()
+    *_, last = read_metrics(trainer.folder.path)
+    assert returned == {name: value for name, value in last.items() if name != "step"}
 
 
 def test_tensorboard_has_what_metrics_has(make_trainer):
@@ -540,8 +555,8 @@ def test_gradients_are_clipped_to_the_norm_and_never_where_that_is_off(make_trai
             lambda *_: norms.append(math.sqrt(sum(w.grad.square().sum() for w in trainer.trained)))
         )
         trainer._step()
-        (_, row), *_ = trainer._unwritten
-        return norms[0], float(row["grad_norm"])
+        (row,) = trainer.metrics.read()
+        return norms[0], row["grad_norm"]
 
     whole, reported = norm_at_the_optimizer(None)
     assert whole == pytest.approx(reported, rel=1e-4)
