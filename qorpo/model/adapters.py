@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
@@ -96,6 +97,10 @@ class _CastEmbedding(nn.Embedding):
 
 def _keep_input_type(layer: Any) -> None:
     """PEFT would cast every layer's input to the adapter's float32: rank × width is the cheaper side to cast."""
+    if isinstance(
+        layer, ParamWrapper
+    ):  # a mixture's router or experts: adapts a weight, and its output is no product
+        return
     linears = [*layer.lora_A.values(), *layer.lora_B.values()]
     if linears and all(type(linear) is nn.Linear for linear in linears):
         layer.cast_input_dtype_enabled = False
