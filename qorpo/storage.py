@@ -5,15 +5,17 @@ leaves the old one, or the new one, and a leftover that `sweep` removes. `qorpo.
 """
 
 import contextlib
+import errno
 import json
 import os
+import re
 import shutil
 import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from qorpo.errors import RunError
 
@@ -90,19 +92,19 @@ def whole_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
 def _put(unfinished: Path, path: Path, replace: bool) -> None:
     if path.exists() and not replace:
         path.rmdir()  # only an empty folder goes
-    if not path.exists():
-        unfinished.rename(path)
-        flush(path.parent)
-        return
     replaced = _beside(path, REPLACED)
     shutil.rmtree(replaced, ignore_errors=True)
-    path.rename(replaced)
+    if path.exists():
+        path.rename(replaced)
     try:
         unfinished.rename(path)
+        flush(path.parent)
     except OSError:
-        replaced.rename(path)
+        if not unfinished.exists():
+            path.rename(unfinished)  # a name that may not be on disk is none
+        if replaced.exists():
+            replaced.rename(path)
         raise
-    flush(path.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -169,6 +171,63 @@ def unfinished_of(path: Path) -> Path:
 
 def _beside(path: Path, suffix: str) -> Path:
     return path.with_name(f".{path.name}{suffix}")
+
+
+@contextmanager
+def output_folder(output: Path) -> Iterator[Path]:
+    """A folder to fill for a command's `--output`, as `whole_folder`.
+
+    Raises:
+        RunError: where it can't be written, such as on a full disk; nothing is left of it then.
+    """
+    try:
+        with whole_folder(output) as folder:
+            yield folder
+    except BaseException as error:
+        if (failed := failed_write(error)) is None:
+            raise
+        raise RunError(
+            f"--output {output}: could not be written ({failed.reason}); nothing is left of it; {failed.remedy}, "
+            "then try again"
+        ) from error
+
+
+# --- failures ---
+
+
+class FailedWrite(NamedTuple):
+    """Why a write failed, and what a person can do."""
+
+    reason: str
+    remedy: str
+
+
+def failed_write(error: BaseException) -> FailedWrite | None:
+    """What is behind an error that ended a write, in whatever words a library puts it; None where it is no such error."""
+    cause = _system_error(error)
+    if cause is None:
+        return None
+    if cause.errno in (errno.ENOSPC, errno.EDQUOT):
+        remedy = "make room"
+    elif cause.errno == errno.EIO:
+        remedy = "have the disk checked"
+    else:
+        remedy = "make it writable"
+    return FailedWrite(cause.strerror or str(cause), remedy)
+
+
+def _system_error(error: BaseException) -> OSError | None:
+    """The system's own error inside one of a library's."""
+    if isinstance(error, OSError):
+        return error
+    if type(error).__name__ == "CheckpointException":  # of torch.distributed.checkpoint: an error a rank
+        found = (_system_error(each) for each, _ in error.failures.values())  # type: ignore[attr-defined]
+        return next((each for each in found if each is not None), None)
+    if type(error).__name__ == "SafetensorError" and (number := re.search(r"os error (\d+)", str(error))):
+        return OSError(int(number[1]), os.strerror(int(number[1])))
+    if isinstance(error, RuntimeError) and error.__context__ is not None:  # torch.save, into an open file
+        return _system_error(error.__context__)
+    return None
 
 
 # --- owners ---

@@ -15,7 +15,6 @@ from qorpo.merging.outline import Onto, Plan, make_plan
 from qorpo.merging.output import (
     check_output,
     gib,
-    new_folder,
     tokenizer_folder,
     write_card,
     write_files,
@@ -31,7 +30,7 @@ from qorpo.merging.verify import (
     verify_merged,
 )
 from qorpo.recipe import ObjectiveRecipe
-from qorpo.storage import write_json
+from qorpo.storage import output_folder, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +133,7 @@ def _write(
         if progress is not None:
             progress(done, plan.total_bytes)
 
-    with new_folder(output) as folder:
+    with output_folder(output) as folder:
         with torch.no_grad():
             write_shards(folder, plan.shards, on_progress)
         write_files(folder, base, trained, plan.config)

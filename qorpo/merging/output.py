@@ -5,8 +5,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import yaml
 
 from qorpo.errors import RunError
 from qorpo.merging.source import Base, Trained
-from qorpo.storage import sweep, whole_folder, write_json
+from qorpo.storage import sweep, write_json
 
 MARGIN_BYTES = 64 << 20  # tokenizer, configuration, and what a file system takes for itself
 WEIGHTS = re.compile(
@@ -42,20 +41,6 @@ def check_output(output: Path, needed_bytes: int) -> None:
             f"--output {output}: {gib(needed_bytes + MARGIN_BYTES)} are needed, {gib(free)} are free; make room, or "
             "give an output on another disk"
         )
-
-
-@contextmanager
-def new_folder(output: Path) -> Iterator[Path]:
-    """A folder to fill that becomes `output` once the block has ended well and all is on disk.
-
-    Raises:
-        RunError: where it can't be written, such as on a full disk; nothing is left behind then.
-    """
-    try:
-        with whole_folder(output) as folder:
-            yield folder
-    except OSError as error:
-        raise RunError(f"--output {output}: could not be written ({error}); nothing is left of it") from error
 
 
 def write_files(folder: Path, base: Base, trained: Sequence[Trained], config: dict[str, Any]) -> None:

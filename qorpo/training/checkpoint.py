@@ -121,6 +121,7 @@ class Checkpoints:
         else:
             state = load_checkpoint(latest, self.model, self.optimizer, self.schedule)
         logger.info("resumed from %s", latest)
+        self.folder.prune_checkpoints(self.keep, state.best_step)  # a kill may have come before it
         return state
 
     def load_best(self, state: TrainState) -> None:
@@ -146,8 +147,13 @@ def save_checkpoint(
     optimizer_state = tree_map(gathered, optimizer.state_dict())
     if not is_main:
         return
-    torch.save({"optimizer": optimizer_state, "schedule": schedule.state_dict()}, folder / "optimizer.pt")
+    _save(folder / "optimizer.pt", {"optimizer": optimizer_state, "schedule": schedule.state_dict()})
     (folder / STATE).write_text(json.dumps(asdict(state)) + "\n", encoding="utf-8")
+
+
+def _save(path: Path, content: Any) -> None:
+    with path.open("wb") as file:  # given a path, torch.save says nothing of why a write failed
+        torch.save(content, file)
 
 
 def load_checkpoint(
@@ -183,7 +189,7 @@ def save_sharded_checkpoint(
         there is one process, and all is written.
     """
     if is_main:
-        torch.save({"schedule": schedule.state_dict()}, folder / "schedule.pt")
+        _save(folder / "schedule.pt", {"schedule": schedule.state_dict()})
         (folder / STATE).write_text(json.dumps(asdict(state)) + "\n", encoding="utf-8")
     parameters, optimizer_state = get_state_dict(scorer, optimizer)
     content = {"model": parameters, "optimizer": optimizer_state}

@@ -14,6 +14,7 @@ from qorpo.build import chat_format_of
 from qorpo.errors import RunError
 from qorpo.model.load import load_config
 from qorpo.recipe import load_recipe
+from qorpo.storage import output_folder
 from qorpo.training.checkpoint import SHARDS, STATE, TrainState, save_parameters, save_tokenizer
 from qorpo.training.run_folder import RunFolder
 
@@ -43,7 +44,7 @@ def export_model(run: str | Path, output: str | Path, *, dtype: str = "bfloat16"
     with init_empty_weights(include_buffers=True):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=keys.trust_remote_code)
     chat = chat_format_of(recipe)
-    with RunFolder(output.parent).new_folder(output) as unfinished:
+    with output_folder(output) as unfinished:
         save_parameters(unfinished, model, _tensors(checkpoint, DTYPES[dtype]), DTYPES[dtype])
         save_tokenizer(unfinished, chat)
     return output

@@ -42,6 +42,7 @@ from qorpo.training.checkpoint import (
 from qorpo.training.metrics import StepMetrics
 from qorpo.training.progress import Progress
 from qorpo.training.run_folder import RunFolder
+from qorpo.training.trackers import Trackers
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +99,7 @@ class Trainer:
             is_main=self.accelerator.is_main_process,
             wait=self.accelerator.wait_for_everyone,
         )
+        self.trackers = Trackers(self.accelerator, self.folder)
         keep_nf4_trainable(model)
         apply_liger(model, recipe.model.liger)
         torch.manual_seed(recipe.train.seed)  # the adapters' first values
@@ -207,13 +209,11 @@ class Trainer:
         elif folder.metrics.exists() or folder.checkpoints.exists():
             raise RunError(f"output: {folder.path} holds a run; resume it, or give another output")
         folder.wait()  # until all have looked
-        folder.path.mkdir(parents=True, exist_ok=True)
-        if settings.report_to:
-            with folder.writing():
-                self.accelerator.init_trackers("qorpo", _flat(self.recipe.to_dict()))
+        with folder.writing():
+            folder.path.mkdir(parents=True, exist_ok=True)
         step_metrics: dict[str, float] = {}
         eval_metrics: dict[str, float] = {}
-        try:
+        with self.trackers.open(self.recipe.to_dict()), contextlib.closing(self.progress):
             self.progress.start(self.state.step, self.total_steps)
             if self.eval_pairs and self.state.step == 0:
                 eval_metrics = self._evaluate_and_log()
@@ -236,10 +236,6 @@ class Trainer:
                 self.checkpoints.load_best(self.state)
             with folder.new_folder(folder.model if self.is_full else folder.adapter) as unfinished:
                 self.save(unfinished)
-        finally:
-            self.progress.close()
-            with folder.writing():
-                self.accelerator.end_training()
         return eval_metrics or step_metrics
 
     def evaluate(self) -> dict[str, float]:
@@ -366,7 +362,7 @@ class Trainer:
             for step, figures in enumerate(found, start=first)
         ]
         for row in rows:
-            self._track({name: value for name, value in row.items() if name != "step"}, row["step"])
+            self.trackers.log({name: value for name, value in row.items() if name != "step"}, row["step"])
         self.folder.append_metrics(rows)
         for row in rows:
             if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
@@ -377,14 +373,10 @@ class Trainer:
         )
         return {name: value for name, value in rows[-1].items() if name != "step"}
 
-    def _track(self, metrics: dict[str, float], step: int) -> None:
-        with self.folder.writing():  # trackers write files too
-            self.accelerator.log(metrics, step=step)
-
     def _evaluate_and_log(self) -> dict[str, float]:
         metrics = self.evaluate()
         self.folder.append_metrics([{"step": self.state.step, **metrics}])
-        self._track(metrics, self.state.step)
+        self.trackers.log(metrics, self.state.step)
         self.progress.evaluated(self.state.step, metrics)
         if not math.isfinite(metrics["eval_loss"]):
             raise _diverged(self.state.step, f"evaluation loss {metrics['eval_loss']}")
@@ -407,17 +399,6 @@ def _diverged(step: int, figures: str) -> RunError:
 def _mixed(seed: int, number: int) -> int:
     """A seed of its own for each number, far apart from the neighbours'."""
     return (seed * 0x9E3779B97F4A7C15 + number * 0xBF58476D1CE4E5B9) % 2**63
-
-
-def _flat(nested: dict[str, Any]) -> dict[str, Any]:
-    """Keys by dotted path, values that every tracker takes."""
-    flat = {}
-    for section, value in nested.items():
-        for name, entry in value.items() if isinstance(value, dict) else [("", value)]:
-            flat[f"{section}.{name}".rstrip(".")] = (
-                entry if isinstance(entry, int | float | str) else str(entry)
-            )
-    return flat
 
 
 def _tokenized(

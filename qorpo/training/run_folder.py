@@ -12,6 +12,7 @@ from typing import Any
 from qorpo.errors import RunError
 from qorpo.storage import (
     UNFINISHED,
+    failed_write,
     remove_folder,
     sweep,
     unfinished_of,
@@ -114,16 +115,18 @@ class RunFolder:
         """Keep the latest `keep` and the best; sweep away what a kill left half written."""
         if not self.is_main:
             return
-        for step in self.checkpoint_steps()[:-keep]:
-            if step != best_step:
-                remove_folder(self.checkpoint(step))
+        with self.writing():
+            for step in self.checkpoint_steps()[:-keep]:
+                if step != best_step:
+                    remove_folder(self.checkpoint(step))
         self.sweep()
 
     def sweep(self) -> None:
         """Remove what a kill left half written."""
         if self.is_main:
-            sweep(self.path)
-            sweep(self.checkpoints)
+            with self.writing():
+                sweep(self.path)
+                sweep(self.checkpoints)
 
     @contextmanager
     def new_folder(self, path: Path) -> Iterator[Path]:
@@ -146,10 +149,8 @@ class RunFolder:
         """Turns a failed write, in whatever words a library puts it, into one message."""
         try:
             yield
-        except RunError:
-            raise
-        except Exception as error:
-            if not isinstance(error, OSError) and not _speaks_of_a_write(error):
+        except BaseException as error:
+            if (failed := failed_write(error)) is None:
                 raise
             steps = self.checkpoint_steps()
             good = (
@@ -157,21 +158,11 @@ class RunFolder:
                 if steps
                 else "no checkpoint was written yet"
             )
-            room = f"{shutil.disk_usage(_existing(self.path)).free / 2**30:.2f} GiB free"
+            free = f"{shutil.disk_usage(_existing(self.path)).free / 2**30:.2f} GiB free"
+            again = "go on with --resume" if self.recipe.exists() else "start again"
             raise RunError(
-                f"{self.path}: could not be written ({str(error).splitlines()[0]}; {room}); {good}; make room, then go on "
-                "with --resume"
+                f"{self.path}: could not be written ({failed.reason}; {free}); {good}; {failed.remedy}, then {again}"
             ) from error
-
-
-def _speaks_of_a_write(error: Exception) -> bool:
-    """torch.save and safetensors report a full disk in errors of their own."""
-    return (
-        type(error).__name__ == "SafetensorError"
-        or "PytorchStreamWriter" in str(error)
-        or "inline_container" in str(error)
-        or "file write" in str(error)
-    )
 
 
 def _existing(path: Path) -> Path:

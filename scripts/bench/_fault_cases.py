@@ -56,6 +56,11 @@ class Case:
             problems.append(f"exit {ran.code} with {messages} messages")
         return problems
 
+    def says(self, ran: Ran, remedy: str) -> list[str]:
+        """What a person is to do about a failed write, after the message."""
+        message = ran.printed[ran.printed.find("qorpo: ") :]
+        return [] if ran.code != 2 or remedy in message else [f"does not say {remedy!r}"]
+
 
 CASES = (
     Case("train", ("train", "../lora.yaml")),

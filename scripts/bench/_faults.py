@@ -69,7 +69,7 @@ class Lab:
 
     def _make(self) -> int:
         import yaml
-        from tiny import changed, make_base, preference_records, short_recipe, write_records
+        from helpers.tiny import changed, make_base, preference_records, short_recipe, write_records
 
         make_base(self.home / "base", num_hidden_layers=1)
         write_records(self.home / "pairs.jsonl", preference_records()[:16])
@@ -126,8 +126,8 @@ def _import_all() -> None:
     import qorpo.cli
     import qorpo.data.inspect
     import qorpo.data.report
+    import qorpo.merging.bytes_written
     import qorpo.merging.merge
-    import qorpo.merging.progress
     import qorpo.training.export
     import qorpo.training.progress
     import qorpo.training.run  # noqa: F401

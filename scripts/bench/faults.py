@@ -27,6 +27,8 @@ MODES = {
     "EIO": {"error": errno.EIO},
     "full disk": {"error": errno.ENOSPC, "stays": True},
 }
+REMEDIES = {errno.ENOSPC: "make room", errno.EIO: "have the disk checked"}
+REMOVES = ("unlink", "unlinkat", "rmdir")  # what can't be removed is left until the next start
 
 
 class Tally:

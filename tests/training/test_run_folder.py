@@ -1,5 +1,6 @@
 """The run folder: nothing in the way is overwritten, and nothing half written looks whole."""
 
+import errno
 import json
 import os
 import signal
@@ -7,6 +8,8 @@ import subprocess
 import sys
 
 import pytest
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
 
 from qorpo.errors import RunError
 from qorpo.training.run_folder import RunFolder
@@ -202,17 +205,31 @@ def test_a_failed_write_names_the_last_good_checkpoint_and_the_room(folder):
     assert "make room, then go on with --resume" in message
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"),
-        RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"),
-    ],
-)
-def test_torchs_words_for_a_failed_write_are_known(folder, error):
+def test_each_librarys_words_for_a_failed_write_are_known(folder):
+    """Of torch.save into an open file, of torch.distributed.checkpoint and of safetensors."""
     begun(folder)
-    with pytest.raises(RunError, match="no checkpoint was written yet"), folder.writing():
-        raise error
+    full = OSError(errno.ENOSPC, "No space left on device")
+    try:
+        try:
+            raise full
+        finally:
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")
+    except RuntimeError as error:
+        of_torch = error
+    of_safetensors = SafetensorError(
+        "Error while serializing: I/O error: No space left on device (os error 28)"
+    )
+    for error in (of_torch, CheckpointException("", {0: (full, None)}), of_safetensors):
+        with pytest.raises(RunError, match="no checkpoint was written yet; make room"), folder.writing():
+            raise error
+
+
+def test_the_remedy_is_that_of_the_fault(folder):
+    with pytest.raises(RunError, match="have the disk checked, then start again"), folder.writing():
+        raise OSError(errno.EIO, "Input/output error")
+    begun(folder)
+    with pytest.raises(RunError, match="make it writable, then go on with --resume"), folder.writing():
+        raise OSError(errno.EROFS, "Read-only file system")
 
 
 def test_other_errors_pass(folder):
