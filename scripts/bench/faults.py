@@ -98,7 +98,6 @@ def writes(lab: Lab, case: Case, every: int, mode: str) -> dict[str, object]:
             again = case.go_on(lab)
             problems += case.ended_well(again)
         problems += reference.differences(lab)
-        hit = failed.calls[at - 1] if len(failed.calls) >= at else ("not reached", "")
         tally.add(f"call {at} ({' '.join(hit)})", f"exit {failed.code}", problems, failed, *again)
     return {**tally.figures(), "calls": len(reference.calls), **reference.notes()}
 
