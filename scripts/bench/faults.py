@@ -86,14 +86,11 @@ def writes(lab: Lab, case: Case, every: int, mode: str) -> dict[str, object]:
             continue  # the same as at the next call that takes space
         lab.start(case.template)
         failed = lab.run(case.argv, Fault(at, **MODES[mode]))
-        problems = case.failed_well(failed)
+        hit = failed.calls[at - 1] if len(failed.calls) >= at else ("not reached", "")
+        problems = case.failed_well(failed) + case.says(failed, REMEDIES[MODES[mode]["error"]])
         again = []
-        if failed.code == 2:
-            if name not in (
-                "unlink",
-                "unlinkat",
-                "rmdir",
-            ):  # what can't be removed is left until the next start
+        if failed.code == 2 or hit[0] in REMOVES:
+            if hit[0] not in REMOVES:
                 problems += reference.leftovers(lab)
             again = case.go_on(lab)
             problems += case.ended_well(again)
