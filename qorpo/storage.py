@@ -7,6 +7,7 @@ leaves the old one, or the new one, and a leftover that `sweep` removes. `qorpo.
 import contextlib
 import errno
 import json
+import logging
 import os
 import re
 import shutil
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qorpo.errors import RunError
+
+logger = logging.getLogger(__name__)
 
 UNFINISHED = ".qorpo-unfinished"
 REPLACED = ".qorpo-replaced"
@@ -62,20 +65,21 @@ def flush(path: Path) -> None:
 
 
 @contextmanager
-def whole_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
+def whole_folder(path: Path, *, replace: bool = False, wait: bool = False) -> Iterator[Path]:
     """A folder to fill, which takes its name `path` once the block has ended well and all is on disk.
 
     Args:
         path: its place. What stands there is kept until the new one is whole.
         replace: a folder that stands there is replaced; else only an empty one may.
+        wait: for another process that is writing the same folder.
 
     Raises:
-        RunError: where another process is writing the same folder. OSError: where it can't be written; nothing is left
+        RunError: where another process is writing the same folder, without `wait`. OSError: where it can't be written; nothing is left
             of it then.
     """
     path = path.absolute()
     unfinished = unfinished_of(path)
-    with _owned(unfinished):
+    with _owned(unfinished, wait):
         try:
             yield unfinished
             mode = unfinished.stat().st_mode & 0o666
@@ -109,11 +113,14 @@ def _put(unfinished: Path, path: Path, replace: bool) -> None:
 
 
 @contextmanager
-def _owned(folder: Path) -> Iterator[None]:
+def _owned(folder: Path, wait: bool) -> Iterator[None]:
     """An empty folder that this process alone fills."""
     while True:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = _lock(folder)
+        try:
+            descriptor = _lock(folder, wait)
+        except FileNotFoundError:  # swept by another process, before it was owned
+            continue
         if descriptor is None:
             raise RunError(f"{folder}: another process is writing it; wait for it to end")
         if descriptor < 0 or _is_at(folder, descriptor):
@@ -145,10 +152,13 @@ def sweep(folder: Path, name: str = "*") -> None:
     for leftover in folder.glob(f".{name}{UNFINISHED}"):
         if not leftover.is_dir():
             leftover.unlink(missing_ok=True)
-        elif (descriptor := _lock(leftover)) is not None:
-            shutil.rmtree(leftover, ignore_errors=True)
-            if descriptor >= 0:
-                os.close(descriptor)
+            continue
+        with contextlib.suppress(FileNotFoundError):  # swept by another process
+            descriptor = _lock(leftover)
+            if descriptor is not None:
+                shutil.rmtree(leftover, ignore_errors=True)
+                if descriptor >= 0:
+                    os.close(descriptor)
 
 
 def is_leftover(path: Path) -> bool:
@@ -282,10 +292,10 @@ class Lock:
             return "another process"
 
 
-def _lock(path: Path) -> int | None:
+def _lock(path: Path, wait: bool = False) -> int | None:
     """A descriptor that holds the file or folder until it is closed; None where another process has it.
 
-    -1 where the system or file system has no such locks: then nothing is held.
+    `wait`: until no other has it. -1 where the system or file system has no such locks: then nothing is held.
     """
     try:
         import fcntl
@@ -295,6 +305,10 @@ def _lock(path: Path) -> int | None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        if wait:
+            logger.info("%s: another process is writing it; waiting for it to end", path)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            return descriptor
         os.close(descriptor)
         return None
     except OSError:

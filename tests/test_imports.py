@@ -207,6 +207,7 @@ DATA_MAY = {
     ("data/pack.py", "torch"),
     ("data/inspect.py", "numpy"),
     ("data/prepare.py", "numpy"),
+    ("data/token_table.py", "numpy"),
     ("data/prepare.py", "datasets"),
     ("data/locate.py", "datasets"),
     ("data/locate.py", "huggingface_hub"),

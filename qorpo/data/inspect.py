@@ -6,7 +6,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from qorpo.data.prepare import PreparedData, TokenizedPairs
+from qorpo.data.prepare import PreparedData
+from qorpo.data.token_table import TokenizedPairs
 from qorpo.data.tokenize import ChatFormat, TokenizedPair
 
 SIDES = ("prompt", "chosen", "rejected")

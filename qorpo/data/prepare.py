@@ -11,11 +11,10 @@ import json
 import logging
 import os
 import shutil
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 
@@ -24,16 +23,17 @@ from qorpo.data.locate import RecordFile, Sources, open_sources
 from qorpo.data.records import DataReport, PreferencePair
 from qorpo.data.shapes import Layout
 from qorpo.data.sources import OnBadRecord, iter_pairs
+from qorpo.data.token_table import SIDES, TokenizedPairs, read_table
 from qorpo.data.tokenize import ChatFormat, Limits, Tokenized, TokenizedPair, tokenize_batch, tokens_report
-from qorpo.errors import DataError
+from qorpo.errors import DamageError, DataError
+from qorpo.manifest import MANIFEST, check_folder, write_manifest
+from qorpo.storage import sweep, whole_folder, write_json
 
 logger = logging.getLogger(__name__)
 
 PAIRS_PER_BATCH = 512
 # Below this many pairs a process takes longer to start than to tokenize its share.
 PAIRS_PER_PROCESS = 4096
-SECONDS_OF_A_DAY = 24 * 60 * 60
-_SIDES = ("prompt", "chosen", "rejected")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,31 +90,18 @@ def prepare_pairs(
     )
     cache = cache or Path(datasets.config.HF_DATASETS_CACHE) / "qorpo"
     folder = cache / work.name(chat_format)
-    if folder.exists():
-        try:
-            prepared = _read(folder)
-        except (OSError, ValueError, KeyError):  # a disk's fault; Arrow's errors are among these
-            shutil.rmtree(folder, ignore_errors=True)
-        else:
-            logger.info("data: tokens as made before, in %s", folder)
-            return prepared
-    unfinished = cache / f".{folder.name}.{os.getpid()}"
-    for leftover in cache.glob(f".{folder.name}.*"):
-        if time.time() - leftover.stat().st_mtime > SECONDS_OF_A_DAY:  # of a killed run, and no run at work
-            shutil.rmtree(leftover, ignore_errors=True)
+    if (found := _open(folder)) is not None:
+        return found
     try:
-        unfinished.mkdir(parents=True)
-        _build(unfinished, work, chat_format, num_processes)
-        if not folder.exists():  # else another run made the same meanwhile
-            unfinished.rename(folder)
+        sweep(cache)
+        with contextlib.suppress(_MadeMeanwhile):
+            _make(folder, work, chat_format, num_processes)
+        return _read(folder)
     except OSError as error:
         raise DataError(
             f"{cache}: can't keep the tokens there ({error.strerror or error}); make room, "
             "or set HF_DATASETS_CACHE to another folder"
         ) from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    return _read(folder)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +141,21 @@ class _Work:
 # --- making ---
 
 
+class _MadeMeanwhile(Exception):  # noqa: N818 (no error: it leaves the block that would write)
+    """Another process has made the same tokens."""
+
+
+def _make(folder: Path, work: _Work, chat_format: ChatFormat, num_processes: int | None) -> None:
+    """Make the folder, whole or not at all; one process at a time does. Raises _MadeMeanwhile."""
+    with whole_folder(folder, wait=True) as unfinished:
+        if _open(folder) is not None:
+            raise _MadeMeanwhile
+        if folder.exists():
+            shutil.rmtree(folder)  # damaged, and no other process removes it: that one would hold the lock
+        _build(unfinished, work, chat_format, num_processes)
+        write_manifest(unfinished, {"tokens": folder.name})
+
+
 def _build(folder: Path, work: _Work, chat_format: ChatFormat, num_processes: int | None) -> None:
     """Fill the folder: tokens of both sets, which of their rows are kept, and the report, which is last."""
     tokenize = _TokenizeBatch(chat_format, work.limits)
@@ -165,7 +167,7 @@ def _build(folder: Path, work: _Work, chat_format: ChatFormat, num_processes: in
         return report, _write_texts(folder / f"{name}.texts", pairs)
 
     def side(name: str, tokens_name: str, report: DataReport, mine: np.ndarray) -> None:
-        table = _table(folder, tokens_name)
+        table = read_table(folder, tokens_name)
         unusable = np.array([reason is not None for reason in table["reason"].to_pylist()])
         for row in np.flatnonzero(mine & unusable).tolist():
             report.drop(table["reason"][row].as_py(), table["source"][row].as_py())
@@ -189,7 +191,7 @@ def _build(folder: Path, work: _Work, chat_format: ChatFormat, num_processes: in
             _tokenize(folder, "eval", tokenize, num_processes)
             side("eval", "eval", eval_report, np.full(len(eval_prompts), True))
             reports["leaked_prompts"] = len(set(prompts) & set(eval_prompts))
-    (folder / "report.json").write_text(json.dumps(reports), encoding="utf-8")
+    write_json(folder / "report.json", reports)
 
 
 def _write_texts(path: Path, pairs: Iterable[PreferencePair]) -> list[bytes]:
@@ -261,10 +263,10 @@ class _TokenizeBatch:
         kept = [result if isinstance(result, TokenizedPair) else None for result in results]
         ids, flag = pyarrow.list_(pyarrow.int32()), pyarrow.bool_()
         columns = {
-            f"{s}_ids": pyarrow.array([p and getattr(p, f"{s}_ids") for p in kept], ids) for s in _SIDES
+            f"{s}_ids": pyarrow.array([p and getattr(p, f"{s}_ids") for p in kept], ids) for s in SIDES
         }
         columns |= {
-            f"{s}_cut": pyarrow.array([p and getattr(p, f"{s}_cut") for p in kept], flag) for s in _SIDES
+            f"{s}_cut": pyarrow.array([p and getattr(p, f"{s}_cut") for p in kept], flag) for s in SIDES
         }
         reasons = [None if isinstance(result, TokenizedPair) else result.reason for result in results]
         columns["source"] = pyarrow.array([pair.source for pair in pairs], pyarrow.string())
@@ -293,6 +295,25 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
 # --- reading ---
 
 
+def _open(folder: Path) -> PreparedData | None:
+    """What was made before, held to its manifest before any of it is mapped; None where it is not there, or damaged."""
+    if not folder.exists():
+        return None
+    try:
+        manifest = check_folder(folder, "it is made again")
+        names = {path.name for path in folder.iterdir()}
+        if manifest is None or manifest.belongs_to != {"tokens": folder.name}:
+            raise DamageError(f"{folder}: has no manifest of its own; it is made again")
+        if extra := names - {MANIFEST, *manifest.files}:
+            raise DamageError(f"{folder / min(extra)}: was added; the folder is made again")
+        prepared = _read(folder)
+    except (DamageError, OSError) as error:
+        logger.warning("data: tokens kept before: %s", error)
+        return None
+    logger.info("data: tokens as made before, in %s", folder)
+    return prepared
+
+
 def _read(folder: Path) -> PreparedData:
     reports = json.loads((folder / "report.json").read_text(encoding="utf-8"))
 
@@ -300,88 +321,10 @@ def _read(folder: Path) -> PreparedData:
         if reports[name] is None:
             return None
         tokens_name = "train" if reports["whole"] else name
-        pairs = TokenizedPairs(_table(folder, tokens_name), np.load(folder / f"{name}.npy"))
+        pairs = TokenizedPairs(read_table(folder, tokens_name), np.load(folder / f"{name}.npy"))
         return Tokenized(pairs, DataReport.from_dict(reports[name]))
 
     train = side("train")
     assert train is not None
     whole = reports["whole"] and DataReport.from_dict(reports["whole"])
     return PreparedData(train, side("eval"), whole, reports["leaked_prompts"])
-
-
-def _table(folder: Path, name: str) -> Any:
-    """A set's tokens, mapped into memory, not read."""
-    import pyarrow
-
-    return pyarrow.concat_tables(
-        pyarrow.ipc.open_stream(pyarrow.memory_map(str(path))).read_all()
-        for path in sorted(folder.glob(f"{name}*tokens*"))
-    )
-
-
-class TokenizedPairs(Sequence[TokenizedPair]):
-    """Tokenized pairs in Arrow files: some rows of a table, in order, each read when it is asked for."""
-
-    def __init__(self, table: Any, rows: np.ndarray):
-        self._table, self._rows = table, rows
-        self._batches = table.to_batches()
-        self._ends = np.cumsum([batch.num_rows for batch in self._batches])
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    @overload
-    def __getitem__(self, index: int) -> TokenizedPair: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[TokenizedPair]: ...
-    def __getitem__(self, index: int | slice) -> TokenizedPair | list[TokenizedPair]:
-        if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
-        row = int(self._rows[index])
-        place = int(np.searchsorted(self._ends, row, side="right"))
-        batch = self._batches[place]
-        row -= int(self._ends[place]) - batch.num_rows
-
-        def ids(name: str) -> tuple[int, ...]:
-            return tuple(batch[name][row].values.to_numpy().tolist())
-
-        return TokenizedPair(
-            *(ids("prompt_ids"), ids("chosen_ids"), ids("rejected_ids"), batch["source"][row].as_py()),
-            *(batch[name][row].as_py() for name in ("prompt_cut", "chosen_cut", "rejected_cut")),
-        )
-
-    def largest_token_id(self) -> int:
-        import pyarrow.compute as compute
-
-        return max(compute.max(compute.list_flatten(self._table[f"{side}_ids"])).as_py() for side in _SIDES)
-
-    def lengths(self) -> np.ndarray:
-        """(P, 3) token counts of prompt, chosen and rejected."""
-        import pyarrow.compute
-
-        columns = [pyarrow.compute.list_value_length(self._table[f"{side}_ids"]) for side in _SIDES]
-        return self._columns(columns, np.int64)
-
-    def cuts(self) -> np.ndarray:
-        """(P, 3) whether prompt, chosen and rejected were cut."""
-        return self._columns([self._table[f"{side}_cut"] for side in _SIDES], np.bool_)
-
-    def _columns(self, columns: list[Any], dtype: type) -> np.ndarray:
-        # Rows first: a dropped row is null, and a column with a null becomes floats or objects.
-        taken = [column.take(self._rows).to_numpy() for column in columns]
-        return np.stack(taken, axis=1).astype(dtype, casting="safe")
-
-
-def largest_token_id(pairs: Sequence[TokenizedPair]) -> int:
-    """The largest id in any of the pairs, -1 where there are none."""
-    if isinstance(pairs, TokenizedPairs):
-        return pairs.largest_token_id()
-    return max((max(*p.prompt_ids, *p.chosen_ids, *p.rejected_ids) for p in pairs), default=-1)
-
-
-def longest_pair(pairs: Sequence[TokenizedPair]) -> tuple[int, int, int]:
-    """Token counts of prompt, chosen and rejected of the pair with most of them."""
-    if isinstance(pairs, TokenizedPairs):
-        lengths = pairs.lengths()
-        return tuple(lengths[lengths.sum(1).argmax()].tolist())
-    return max(((len(p.prompt_ids), len(p.chosen_ids), len(p.rejected_ids)) for p in pairs), key=sum)

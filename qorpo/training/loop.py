@@ -16,8 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qorpo.build import limits_of
 from qorpo.data.pack import PairLengths
-from qorpo.data.prepare import largest_token_id, longest_pair
 from qorpo.data.records import PreferencePair
+from qorpo.data.token_table import largest_token_id, longest_pair
 from qorpo.data.tokenize import ChatFormat, Tokenized, TokenizedPair, tokenize_pairs
 from qorpo.engine.distributed import as_on_main, make_accelerator, ranks_of, reshard, runs_on
 from qorpo.engine.optim import make_optimizer, make_schedule

@@ -1,7 +1,10 @@
 """From sources to tokens on disk: the same as in memory, found again, and never stale."""
 
+import hashlib
 import json
+import multiprocessing
 import os
+import random
 import shutil
 from pathlib import Path
 
@@ -12,11 +15,14 @@ from helpers.tiny import make_tokenizer
 from qorpo.data import prepare
 from qorpo.data.filters import prompt_key
 from qorpo.data.locate import Source
-from qorpo.data.prepare import largest_token_id, longest_pair, prepare_pairs
+from qorpo.data.prepare import prepare_pairs
 from qorpo.data.shapes import Layout
 from qorpo.data.sources import load_pairs
+from qorpo.data.token_table import largest_token_id, longest_pair
 from qorpo.data.tokenize import ChatFormat, Limits, tokenize_pairs
 from qorpo.errors import DataError
+from qorpo.manifest import MANIFEST
+from qorpo.storage import unfinished_of, whole_folder
 
 LIMITS = Limits(64, 32)
 
@@ -174,27 +180,103 @@ def test_whatever_decides_the_tokens_makes_other_ones(source, tmp_path, monkeypa
     assert len(calls) > made
 
 
-def test_a_broken_cache_is_made_again(source, chat, tmp_path):
+def damage(path, kind, draw):
+    data = bytearray(path.read_bytes())
+    match kind:
+        case "flip":
+            data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+        case "cut":
+            del data[draw.randrange(len(data)) :]
+        case "more":
+            data += data[-64:]
+    path.write_bytes(data)
+    if kind == "gone":
+        path.unlink()
+
+
+def test_a_damaged_entry_is_made_again_and_said(source, chat, tmp_path, caplog):
+    write(Path(source), records(20))
+    expected = list(prepared(source, 0.2, chat, tmp_path).train.pairs)
+    (folder,) = (tmp_path / "cache").iterdir()
+    names = sorted(path.name for path in folder.iterdir())
+    assert {"report.json", "train.npy", "eval.npy", MANIFEST} < set(names)
+    draw = random.Random(0)
+    for trial in range(60):
+        name = names[trial % len(names)]
+        good = (folder / name).read_bytes()
+        damage(folder / name, ["flip", "flip", "flip", "cut", "more", "gone"][trial // len(names) % 6], draw)
+        caplog.clear()
+        if trial % 6:  # noticed
+            assert prepare._open(folder) is None
+            (folder / name).write_bytes(good)
+        else:
+            assert list(prepared(source, 0.2, chat, tmp_path).train.pairs) == expected
+        assert "tokens kept before: " in caplog.text, name
+        assert str(folder / name) in caplog.text or "has no manifest" in caplog.text
+    caplog.clear()
+    prepared(source, 0.2, chat, tmp_path)
+    assert not caplog.text
+
+
+def test_an_entry_with_more_files_or_of_other_tokens_is_made_again(source, chat, tmp_path, caplog):
     expected = list(prepared(source, None, chat, tmp_path).train.pairs)
     (folder,) = (tmp_path / "cache").iterdir()
-    for name in ("report.json", "train.npy", next(p.name for p in folder.glob("train*tokens*"))):
-        path = folder / name
-        path.write_bytes(path.read_bytes()[:20])
-        assert list(prepared(source, None, chat, tmp_path).train.pairs) == expected
-        path.unlink()
-        assert list(prepared(source, None, chat, tmp_path).train.pairs) == expected
-
-
-def test_what_a_killed_run_left_is_swept_away_after_a_day(source, chat, tmp_path):
-    prepared(source, None, chat, tmp_path)
-    (folder,) = (tmp_path / "cache").iterdir()
+    (tokens,) = folder.glob("train*tokens*")
+    shutil.copy(tokens, tokens.with_name("train_more.tokens"))  # would be read as more rows
+    assert list(prepared(source, None, chat, tmp_path).train.pairs) == expected
+    assert "train_more.tokens: was added" in caplog.text
+    other = prepared(source, None, chat, tmp_path, Limits(60, 32))
+    (second,) = set((tmp_path / "cache").iterdir()) - {folder}
     shutil.rmtree(folder)
-    for pid, age in ((1, 0), (2, 2 * prepare.SECONDS_OF_A_DAY)):
-        left = folder.with_name(f".{folder.name}.{pid}")
-        left.mkdir()
-        os.utime(left, (left.stat().st_mtime - age,) * 2)
-    prepared(source, None, chat, tmp_path)
-    assert {path.name for path in folder.parent.iterdir()} == {folder.name, f".{folder.name}.1"}
+    second.rename(folder)
+    assert list(prepared(source, None, chat, tmp_path).train.pairs) == expected != list(other.train.pairs)
+    assert "has no manifest of its own" in caplog.text
+
+
+def cold_start(source, cache, chat, barrier, answers):
+    barrier.wait()
+    data = prepare_pairs(source, 0.2, chat, LIMITS, layout=Layout(), cache=cache)
+    answers.put(hash_of([list(data.train.pairs), data.as_dict()]))
+
+
+def hash_of(value):
+    return hashlib.sha256(repr(value).encode()).hexdigest()
+
+
+def test_cold_starts_at_once_share_what_one_of_them_makes(source, chat, tmp_path):
+    cache = tmp_path / "cache"
+    processes = multiprocessing.get_context("fork")
+    for count in (2, 3, 3):  # without a cache, then with a damaged one
+        barrier, answers = processes.Barrier(count), processes.Queue()
+        starts = [
+            processes.Process(target=cold_start, args=(source, cache, chat, barrier, answers))
+            for _ in range(count)
+        ]
+        for start in starts:
+            start.start()
+        found = {answers.get(timeout=60) for _ in starts}
+        for start in starts:
+            start.join(60)
+        assert [start.exitcode for start in starts] == [0] * count
+        data = prepared(source, 0.2, chat, tmp_path)
+        assert found == {hash_of([list(data.train.pairs), data.as_dict()])}
+        (folder,) = cache.iterdir()
+        damage(folder / "report.json", "flip", random.Random(1))
+
+
+def test_what_a_killed_run_left_is_swept_and_nothing_else(source, chat, tmp_path):
+    cache = tmp_path / "cache"
+    dead, other, living = (unfinished_of(cache / name) for name in ("a" * 32, "b" * 32, "c" * 32))
+    for folder in (dead, other, living, cache / "mine", cache / f".{'d' * 32}.{os.getpid()}"):
+        folder.mkdir(parents=True)
+        (folder / "train.texts").write_text("half")
+    with whole_folder(cache / ("c" * 32)):
+        prepared(source, None, chat, tmp_path)
+        assert not dead.exists()
+        assert not other.exists()
+        assert living.exists()
+    assert (cache / "mine" / "train.texts").read_text() == "half"
+    assert (cache / f".{'d' * 32}.{os.getpid()}").exists()  # not by a name of qorpo's
 
 
 def test_nothing_is_left_of_what_fails(source, chat, tmp_path, monkeypatch):
