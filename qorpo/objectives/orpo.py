@@ -1,16 +1,21 @@
 """Odds ratio preference optimization (Hong, Lee, Thorne 2024, arXiv 2403.07691). Legend: P pairs."""
 
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 
-from qorpo.ops.numerics import log1mexp
-
-
-class ObjectiveOutput(NamedTuple):
-    loss: torch.Tensor  # a scalar, or (P,) for reduction "none"; the only entry with a gradient
-    metrics: dict[str, torch.Tensor]  # (P,) each, detached
+from qorpo.objectives.base import (
+    PAIR_CHARTS,
+    PAIR_METRICS,
+    ObjectiveOutput,
+    PairObjective,
+    Scores,
+    Totals,
+    WithNll,
+)
+from qorpo.ops.numerics import LARGEST_LOGP, log1mexp
 
 
 def orpo_loss(
@@ -72,7 +77,7 @@ def log_odds(logps: torch.Tensor) -> torch.Tensor:
 
     Average log-likelihoods are clamped to −1e-12: beyond it 1 − P has no digits left, and the gradient is 0.
     """
-    logps = logps.clamp(max=-1e-12)
+    logps = logps.clamp(max=LARGEST_LOGP)
     return logps - log1mexp(logps)
 
 
@@ -85,3 +90,19 @@ def _reduce(loss_P: torch.Tensor, reduction: str) -> torch.Tensor:
         case "none":
             return loss_P
     raise ValueError(f"reduction must be mean, sum or none, got {reduction!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Orpo(WithNll, PairObjective):
+    """`orpo_loss` with the NLL that two keys name; the odds are always of the responses' averages."""
+
+    name: ClassVar[str] = "orpo"
+    metrics: ClassVar[tuple[str, ...]] = ("loss", "nll", "odds_ratio_loss", "log_odds_ratio", *PAIR_METRICS)
+    charts: ClassVar[tuple[tuple[str, ...], ...]] = (*PAIR_CHARTS, ("nll",), ("log_odds_ratio",))
+
+    weight: float = 0.1  # λ
+
+    def __call__(self, scores: Scores, totals: Totals) -> ObjectiveOutput:
+        chosen_P, rejected_P = scores.averages.unbind(1)
+        nll_P = self.nll(scores, totals)
+        return orpo_loss(chosen_P, rejected_P, nll_P, weight=self.weight, reduction="sum")

@@ -4,6 +4,9 @@ import math
 
 import torch
 
+# Of an average log-probability log P: beyond it 1 − P has no digits left in float64.
+LARGEST_LOGP = -1e-12
+
 
 def log1mexp(x: torch.Tensor) -> torch.Tensor:
     """log(1 − exp(x)) for x < 0, to full precision in value and gradient at both ends.
