@@ -1,16 +1,26 @@
-"""A recipe's data: its keys handed to `prepare_pairs`, and what became of the records logged."""
+"""What a recipe's keys stand for: its data, with what became of the records logged, and its objective."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from qorpo.data.locate import Source
 from qorpo.data.prepare import PreparedData, prepare_pairs
 from qorpo.data.shapes import Layout
 from qorpo.data.tokenize import ChatFormat, Limits
 from qorpo.model.load import load_tokenizer, read_chat_template
-from qorpo.recipe import DataRecipe, Recipe, SourceRecipe
+from qorpo.objectives.asft import Asft
+from qorpo.objectives.base import Objective
+from qorpo.objectives.cpo import Cpo
+from qorpo.objectives.orpo import Orpo
+from qorpo.objectives.probability_ratio import ProbabilityRatio
+from qorpo.objectives.simpo import Simpo
+from qorpo.recipe import DataRecipe, ObjectiveRecipe, Recipe, SourceRecipe
 
 logger = logging.getLogger(__name__)
+
+OBJECTIVES: dict[str, Callable[..., Objective]] = {
+    each.name: each for each in (Orpo, ProbabilityRatio, Cpo, Simpo, Asft)
+}
 
 
 def chat_format_of(recipe: Recipe) -> ChatFormat:
@@ -53,3 +63,8 @@ def _sources(given: Sequence[str | SourceRecipe]) -> list[str | Source]:
 
 def limits_of(keys: DataRecipe) -> Limits:
     return Limits(keys.max_length, keys.max_prompt_length, keys.long_prompts, keys.long_responses)
+
+
+def build_objective(keys: ObjectiveRecipe) -> Objective:
+    """The loss that the recipe names; its class has the same keys, by the same names."""
+    return OBJECTIVES[keys.name](**keys.model_dump(exclude={"name"}))

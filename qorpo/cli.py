@@ -103,7 +103,7 @@ def data(
     """Say what a recipe's data holds: kept, dropped and why, lengths, and pairs as the model sees them."""
     _log_to(Console(stderr=True), logging.WARNING)
     _quiet_bars_where_no_terminal()
-    from qorpo.build import chat_format_of, load_data
+    from qorpo.build import build_objective, chat_format_of, load_data
     from qorpo.data.inspect import as_dict, show_pairs
     from qorpo.data.report import draw, save
     from qorpo.recipe import load_recipe
@@ -111,7 +111,7 @@ def data(
     settings = load_recipe(recipe, overrides or [])
     chat = chat_format_of(settings)
     found = load_data(settings, chat)
-    learn_prompt = settings.objective.nll_tokens == "all"
+    learn_prompt = build_objective(settings.objective).scores_prompts
     shown = show_pairs(found.train.pairs, show, chat, learn_prompt=learn_prompt)
     if output is not None:
         save(output, found, shown)

@@ -467,7 +467,7 @@ def test_offload_changes_no_loss_and_no_gradient_and_takes_the_inputs_off_the_ca
         trainer.model.train()
         with trainer._unwrapped.packed_attention():
             means = run_step(
-                trainer.scorer, trainer.train_pairs, trainer.recipe.objective, backward=torch.Tensor.backward,
+                trainer.scorer, trainer.train_pairs, trainer.objective, backward=torch.Tensor.backward,
                 microbatch_tokens=2000, device=DEVICE,
             )  # fmt: skip
         peaks.append(torch.cuda.max_memory_allocated())

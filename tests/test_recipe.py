@@ -17,7 +17,7 @@ from qorpo.data.locate import Source
 from qorpo.data.shapes import SHAPES, RankedPairs
 from qorpo.data.tokenize import Limits
 from qorpo.errors import RecipeError
-from qorpo.recipe import FIELDS, MemoryRecipe, Recipe, SourceRecipe, load_recipe, resolve, values
+from qorpo.recipe import FIELDS, OBJECTIVES, MemoryRecipe, Recipe, SourceRecipe, load_recipe, resolve, values
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
 LEAST = {"model": {"path": "demo"}, "data": {"train": "demo"}, "output": "runs/x"}
@@ -40,9 +40,10 @@ def problem(*overrides: str) -> str:
 
 
 def value(key: str, recipe: Recipe):
+    """None where the recipe's objective has no such key."""
     found = recipe.to_dict()
     for part in key.split("."):
-        found = found[part]
+        found = found.get(part)
     return found
 
 
@@ -260,7 +261,8 @@ def test_an_unknown_key_comes_with_the_nearest_known_one(key, nearest):
 
 def test_an_unknown_key_near_nothing_comes_with_its_sections_keys():
     expected = (
-        "unknown key; known are objective.name, objective.lambda, objective.nll_tokens, objective.nll_average"
+        "unknown key; known are objective.name, objective.lambda, objective.nll_tokens, objective.nll_average, "
+        "objective.beta, objective.alpha, objective.gamma_beta_ratio"
     )
     assert problem("objective.qqq=1") == f"objective.qqq: {expected}"
     assert (
@@ -285,7 +287,11 @@ def test_an_unknown_key_near_nothing_comes_with_its_sections_keys():
         ("objective.lambda=-0.1", "got -0.1; expected a number of at least 0"),
         ("objective.lambda=true", "got true; expected a number of at least 0"),
         ("objective.lambda=abc", "got 'abc'; expected a number of at least 0"),
-        ("objective.name=dpo", "got 'dpo'; expected orpo"),
+        ("objective.name=xyz", "got 'xyz'; expected orpo, probability_ratio, cpo, simpo, asft"),
+        ("objective.name=SimPOO", "got 'SimPOO'; did you mean simpo? expected orpo, probability_ratio, cpo, simpo, asft"),
+        ("objective.name=[orpo]", "got ['orpo']; expected orpo, probability_ratio, cpo, simpo, asft"),
+        ("objective.name=", "got null; expected orpo, probability_ratio, cpo, simpo, asft"),
+        ("objective=5", "got 5; expected a section, with keys of its own"),
         ("train.learning_rate=0", "got 0; expected auto, or a number above 0"),
         ("train.learning_rate=.nan", "got nan; expected auto, or a number above 0"),
         ("train.epochs=.inf", "got inf; expected a number above 0"),
@@ -314,9 +320,16 @@ def test_a_wrong_value_comes_with_what_belongs_there(override, expected):
     assert problem(override) == f"{override.partition('=')[0]}: {expected}"
 
 
+def named(key: str) -> list[str]:
+    """The override that names an objective which has the key, where it is an objective's."""
+    section, _, name = key.rpartition(".")
+    has = [objective for objective, keys in OBJECTIVES.items() if name in keys.names()]
+    return [f"objective.name={has[0]}"] if section == "objective" and name != "name" else []
+
+
 @pytest.mark.parametrize("key", FIELDS)
 def test_no_key_takes_just_anything_nor_answers_in_pydantics_words(key):
-    line = problem(f"{key}=[[]]")  # no key is a list of lists
+    line = problems(LEAST, [*named(key), f"{key}=[[]]"])[0]  # no key is a list of lists
     assert line.startswith(f"{key}: got [[]]; expected ")
     assert "nput" not in line, "pydantic's messages say 'Input should be …'"
 
@@ -480,9 +493,56 @@ def test_differences_name_key_and_both_values():
     assert saved.differences(saved) == []
 
 
+def test_differences_of_two_objectives_name_the_keys_that_only_one_has():
+    saved, now = load_recipe(LEAST), load_recipe(LEAST, ["objective={name: simpo, beta: 10}"])
+    assert saved.differences(now) == [
+        "objective.name: 'orpo' in the saved run, 'simpo' now",
+        "objective.lambda: 0.1 in the saved run, absent now",
+        "objective.nll_tokens: 'response' in the saved run, absent now",
+        "objective.nll_average: 'sequence' in the saved run, absent now",
+        "objective.beta: absent in the saved run, 10.0 now",
+        "objective.gamma_beta_ratio: absent in the saved run, 0.8 now",
+    ]
+
+
+# --- objectives ---
+
+
+def test_an_objective_has_its_own_keys_and_defaults(tmp_path):
+    defaults = {
+        name: load_recipe(LEAST, [f"objective.name={name}"]).to_dict()["objective"] for name in OBJECTIVES
+    }
+    nll = {"nll_tokens": "response", "nll_average": "sequence"}
+    assert defaults == {
+        "orpo": {"name": "orpo", "lambda": 0.1, **nll},
+        "probability_ratio": {"name": "probability_ratio", "lambda": 0.1, "beta": 1.0, **nll},
+        "cpo": {"name": "cpo", "beta": 0.1, "alpha": 1.0, **nll},
+        "simpo": {"name": "simpo", "beta": 2.0, "gamma_beta_ratio": 0.8},
+        "asft": {"name": "asft", "lambda": 0.1, **nll},
+    }
+    for name in OBJECTIVES:
+        recipe = load_recipe(LEAST, [f"objective.name={name}"])
+        recipe.save(tmp_path / "recipe.yaml")
+        assert load_recipe(tmp_path / "recipe.yaml") == recipe
+
+
+def test_a_key_of_another_objective_is_refused_by_naming_those_that_have_it():
+    assert (
+        problem("objective.beta=2")
+        == "objective.beta: belongs to probability_ratio, cpo, simpo; objective.name is orpo"
+    )
+    raw = {**LEAST, "objective": {"name": "simpo", "lambda": 0.1, "nll_tokens": "all", "beta": -1}}
+    assert problems(raw) == [
+        "objective.beta: got -1; expected a number above 0",
+        "objective.lambda: belongs to orpo, probability_ratio, asft; objective.name is simpo",
+        "objective.nll_tokens: belongs to orpo, probability_ratio, cpo, asft; objective.name is simpo",
+    ]
+
+
 def test_every_key_has_a_description_of_one_line():
     whole = load_recipe(LEAST).to_dict()
     sections = {name: keys for name, keys in whole.items() if isinstance(keys, dict)}
+    sections["objective"] = {key for keys in OBJECTIVES.values() for key in keys.names()}
     assert set(FIELDS) == {*whole, *(f"{name}.{key}" for name, keys in sections.items() for key in keys)}
     for key, field in FIELDS.items():
         assert field.description, key

@@ -46,9 +46,13 @@ def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.to(device, non_blocking=True)
 
 
+def lengths_of(pair: TokenizedPair) -> PairLengths:
+    return PairLengths(len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids))
+
+
 def row_tokens(pair: TokenizedPair) -> int:
     """Tokens that a pair takes in a packed row."""
-    return len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids)
+    return sum(lengths_of(pair))
 
 
 def pack_pairs(pairs: Sequence[TokenizedPair], *, score_prompts: bool = False) -> PackedPairs:
@@ -71,7 +75,7 @@ def pack_pairs(pairs: Sequence[TokenizedPair], *, score_prompts: bool = False) -
         sides.extend([side] * len(tokens))
 
     for index, pair in enumerate(pairs):
-        lengths.append(PairLengths(len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids)))
+        lengths.append(lengths_of(pair))
         num_prompt, num_chosen, num_rejected = lengths[-1]
         assert min(lengths[-1]) > 0, f"{pair.source}: an empty prompt or response reached packing"
         start = len(ids)

@@ -1,24 +1,22 @@
 """A step's pairs -> micro-batches -> gradient: the batch is a promise, the micro-batch a detail.
 
-Loss and gradient are those of the whole step, whatever the split: pairs are averaged over the step's pairs, and
-token-averaged terms over the step's tokens, both counted before the first backward. Legend: P pairs, S scored tokens.
+Loss and gradient are those of the whole step, whatever the split: the objective counts what its means are taken over
+(pairs, tokens) before the first backward. Legend: P pairs, M parts of a pair (prompt, chosen, rejected), S scored tokens.
 """
 
 import contextlib
 import gc
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
-from qorpo.data.pack import PackedPairs, moved, pack_pairs, row_tokens, split_by_budget
+from qorpo.data.pack import PackedPairs, lengths_of, moved, pack_pairs, row_tokens, split_by_budget
 from qorpo.data.tokenize import TokenizedPair
 from qorpo.engine.distributed import Ranks
-from qorpo.objectives.orpo import ObjectiveOutput, orpo_loss
-from qorpo.recipe import ObjectiveRecipe
+from qorpo.objectives.base import Objective, Scores
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -29,31 +27,10 @@ class StepTooLargeError(Exception):
     """Memory ran out although each micro-batch that is as long as any held one pair."""
 
 
-@dataclass(frozen=True, slots=True)
-class StepTotals:
-    """What a step's means are taken over."""
-
-    pairs: int
-    nll_tokens: int  # the tokens whose negative log-likelihood is learned
-    row_tokens: int  # the tokens computed, each prompt once
-
-    @classmethod
-    def of(cls, pairs: Sequence[TokenizedPair], objective: ObjectiveRecipe) -> "StepTotals":
-        # A sequence's first token has nothing before it that could predict it.
-        prompt_tokens = (
-            sum(len(pair.prompt_ids) - 1 for pair in pairs) if objective.nll_tokens == "all" else 0
-        )
-        return cls(
-            pairs=len(pairs),
-            nll_tokens=prompt_tokens + sum(len(pair.chosen_ids) for pair in pairs),
-            row_tokens=sum(map(row_tokens, pairs)),
-        )
-
-
 def run_step(
     scorer: Callable[[PackedPairs], torch.Tensor],
     pairs: Sequence[TokenizedPair],
-    objective: ObjectiveRecipe,
+    objective: Objective,
     *,
     microbatch_tokens: int,
     device: torch.device,
@@ -69,22 +46,22 @@ def run_step(
         microbatch_tokens: most tokens a row; a longer pair has a row of its own.
         backward: called with each micro-batch's share of the step's loss; the shares add up to it. None: score only.
     """
-    totals = StepTotals.of(pairs, objective)
+    totals = objective.totals([lengths_of(pair) for pair in pairs])
     sums: dict[str, torch.Tensor] = {}
     rows = ranks.micro_batches(pairs, microbatch_tokens)
     # Nothing here waits for the device, so a row is packed and copied while it computes those before.
     for number, row in enumerate(rows, start=1):
         # A rank with nothing left scores the least there is, for nothing: the others need it.
-        packed = pack_pairs(row or [_least(pairs)], score_prompts=objective.nll_tokens == "all").to(device)
+        packed = pack_pairs(row or [_least(pairs)], score_prompts=objective.scores_prompts).to(device)
         # Gradients are averaged over ranks.
-        weight = ranks.count / totals.pairs if row else 0.0
+        weight = ranks.count / totals.groups if row else 0.0
         with contextlib.nullcontext() if number == len(rows) else ranks.keep_gradients():
-            output = pair_losses(scorer(packed), packed, objective, totals)
+            output = objective(scores_of(scorer(packed), packed), totals)
             if backward is not None:
                 backward(output.loss * weight)
         for name, value_P in output.metrics.items():
             sums[name] = sums.get(name, 0.0) + value_P.sum() * bool(row)
-    return {name: value / totals.pairs for name, value in ranks.summed(sums).items()}
+    return {name: value / totals.groups for name, value in ranks.summed(sums).items()}
 
 
 def _least(pairs: Sequence[TokenizedPair]) -> TokenizedPair:
@@ -135,25 +112,7 @@ def within_memory(
         microbatch_tokens = smaller
 
 
-def pair_losses(
-    token_logps_S: torch.Tensor, packed: PackedPairs, objective: ObjectiveRecipe, totals: StepTotals
-) -> ObjectiveOutput:
-    """The objective of a micro-batch's pairs, summed; divided by `totals.pairs` it is their share of the step's."""
-    lengths_P3 = moved(torch.tensor(packed.lengths, dtype=torch.float64), token_logps_S.device)
-    sums_P3 = torch.zeros(lengths_P3.numel(), dtype=torch.float64, device=token_logps_S.device)
-    sums_P3 = sums_P3.index_add(0, packed.sides, token_logps_S.double()).view_as(lengths_P3)
-    prompt_P, chosen_P, rejected_P = sums_P3.unbind(1)
-    num_prompt_P, num_chosen_P, num_rejected_P = lengths_P3.unbind(1)
-
-    nll_P, num_nll_P = -chosen_P, num_chosen_P  # Eqs. 2-3
-    if objective.nll_tokens == "all":
-        nll_P, num_nll_P = nll_P - prompt_P, num_nll_P + num_prompt_P - 1
-    # Either way the mean of nll_P over the step's pairs is the step's NLL.
-    nll_P = (
-        nll_P / num_nll_P
-        if objective.nll_average == "sequence"
-        else nll_P * (totals.pairs / totals.nll_tokens)
-    )
-    return orpo_loss(
-        chosen_P / num_chosen_P, rejected_P / num_rejected_P, nll_P, weight=objective.weight, reduction="sum"
-    )
+def scores_of(token_logps_S: torch.Tensor, packed: PackedPairs) -> Scores:
+    """Log-probs of a packed row's tokens, summed over each prompt and each response."""
+    lengths_PM = moved(torch.tensor(packed.lengths, dtype=torch.float64), token_logps_S.device)
+    return Scores.of_tokens(token_logps_S, packed.sides, lengths_PM)

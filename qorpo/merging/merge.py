@@ -9,6 +9,7 @@ from typing import cast, get_args
 
 import torch
 
+from qorpo.build import build_objective
 from qorpo.data.tokenize import TokenizedPair
 from qorpo.errors import DataError, QorpoError, RecipeError, RunError
 from qorpo.merging.outline import Onto, Plan, make_plan
@@ -29,7 +30,7 @@ from qorpo.merging.verify import (
     unverifiable,
     verify_merged,
 )
-from qorpo.recipe import ObjectiveRecipe
+from qorpo.objectives.orpo import Orpo
 from qorpo.storage import output_folder, write_json
 
 logger = logging.getLogger(__name__)
@@ -182,7 +183,7 @@ def _verified(
         references.append("nf4")
     verification = verify_merged(
         output, base, [each.adapter for each in trained], pairs,
-        references=references, objective=recipe.objective if recipe else ObjectiveRecipe(), device=_device(),
+        references=references, objective=build_objective(recipe.objective) if recipe else Orpo(), device=_device(),
     )  # fmt: skip
     write_json(output / "verification.json", verification.as_dict())
     return verification

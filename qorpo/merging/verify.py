@@ -26,8 +26,9 @@ from qorpo.model.adapters import compute_in_base_type, output_head
 from qorpo.model.load import load_model, load_tokenizer
 from qorpo.model.scoring import PairScorer, logit_scale, logit_softcap
 from qorpo.model.selfcheck import make_scorer
+from qorpo.objectives.base import Objective
 from qorpo.ops.log_probs import next_token_logps
-from qorpo.recipe import DataRecipe, ObjectiveRecipe, Recipe
+from qorpo.recipe import DataRecipe, Recipe
 
 ROW_TOKENS = 2048
 CHUNK_TOKENS = 128
@@ -61,7 +62,12 @@ class Comparison:
         """What is over its threshold, or no number."""
         if not self.judged:
             return []
-        return [name for name, most in THRESHOLDS.items() if not abs(self.figures[name]) <= most]
+        return [name for name, most in self.thresholds.items() if not abs(self.figures[name]) <= most]
+
+    @property
+    def thresholds(self) -> dict[str, float]:
+        """Those of the figures that the run's objective has."""
+        return {name: most for name, most in THRESHOLDS.items() if name in self.figures}
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,7 @@ class Verification:
         lines = []
         for each in self.comparisons:
             lines.append(f"against the {each.reference}, {self.pairs} pairs:")
-            for name, most in THRESHOLDS.items():
+            for name, most in each.thresholds.items():
                 verdict = ("too far" if name in each.failed else "ok") if each.judged else ""
                 limit = f"  (at most {most:g})  {verdict}" if each.judged else ""
                 lines.append(f"  {name}: {each.figures[name]:+.5f}{limit}")
@@ -135,7 +141,7 @@ def verify_merged(
     pairs: Sequence[TokenizedPair],
     *,
     references: Sequence[str],
-    objective: ObjectiveRecipe,
+    objective: Objective,
     device: torch.device,
 ) -> Verification:
     """Score pairs by the merged model and by the adapters on their base, in training's arithmetic (bfloat16).
@@ -216,7 +222,7 @@ class _Scores:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, model: Any, pairs: Sequence[TokenizedPair], objective: ObjectiveRecipe) -> "_Scores":
+    def of(cls, model: Any, pairs: Sequence[TokenizedPair], objective: Objective) -> "_Scores":
         model.eval()
         scorer = _KeepingScorer(model, make_scorer(model).mode)
         scorer.hidden = []

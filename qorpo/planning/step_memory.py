@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PretrainedConfig
 
+from qorpo.build import build_objective
 from qorpo.data.pack import PairLengths
 from qorpo.data.tokenize import TokenizedPair
 from qorpo.engine.optim import make_optimizer
@@ -125,7 +126,7 @@ def _step_memory(
         pairs = [_pair(lengths) for lengths in shape.rows]
         with count, scorer.packed_attention():
             run_step(
-                scorer, pairs, recipe.objective, device=CPU, backward=backward,
+                scorer, pairs, build_objective(recipe.objective), device=CPU, backward=backward,
                 microbatch_tokens=sum(map(sum, shape.rows)),
             )  # fmt: skip
             count.kind, count.stretch = "optimizer", OPTIMIZER

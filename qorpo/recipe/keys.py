@@ -3,13 +3,11 @@
 import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import yaml
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     ValidationInfo,
     field_validator,
@@ -18,6 +16,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
+from qorpo.recipe.objectives import DEFAULT, OBJECTIVES, ObjectiveRecipe
 from qorpo.recipe.values import (
     Attention,
     AutoCount,
@@ -30,11 +29,10 @@ from qorpo.recipe.values import (
     Every,
     Flag,
     Fraction,
+    Keys,
     LongPrompts,
     LongResponses,
     Names,
-    NllAverage,
-    NllTokens,
     NotNegative,
     OnBadRecord,
     Optimizer,
@@ -50,21 +48,13 @@ from qorpo.recipe.values import (
     Trackers,
     Tuning,
     expects,
+    key,
     listed,
     shown,
 )
 
 
-def key(default: Any, description: str, **options: Any) -> Any:
-    """A key of the recipe; `...` for one that must be given. The description goes into messages and documentation."""
-    return Field(default, description=description, **options)
-
-
-class _Keys(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
-
-
-class ModelRecipe(_Keys):
+class ModelRecipe(Keys):
     path: Text = key(..., "The base model: a local folder, a hub id, or demo (qorpo's own tiny one).")
     revision: Text | None = key(None, "Branch, tag or commit of a hub model; null: its default branch.")
     quantization: Quantization = key(
@@ -77,7 +67,7 @@ class ModelRecipe(_Keys):
     allow_pickle: Flag = key(False, "Where there is no safetensors, load .bin weights (tensors only).")
 
 
-class LoraRecipe(_Keys):
+class LoraRecipe(Keys):
     rank: Count = key(16, "Rank of the adapters.")
     alpha: Count = key(32, "The adapters' output is scaled by alpha / rank.")
     dropout: BelowOne = key(0.0, "Dropout on the adapters' input.")
@@ -85,7 +75,7 @@ class LoraRecipe(_Keys):
     modules_to_save: Names = key((), "Modules to train whole and save too, such as embed_tokens.")
 
 
-class SourceRecipe(_Keys):
+class SourceRecipe(Keys):
     """A source of pairs with more to it than its path."""
 
     path: Text
@@ -94,7 +84,7 @@ class SourceRecipe(_Keys):
     revision: Text | None = None
     weight: Positive = 1.0
     shape: Shape | None = None
-    columns: Columns = {}
+    columns: Columns = key({}, "As data.columns.")
 
 
 Sources = Annotated[tuple[Text | SourceRecipe, ...], Field(min_length=1), BeforeValidator(listed)]
@@ -107,7 +97,7 @@ EvalSources = Annotated[
 ]
 
 
-class DataRecipe(_Keys):
+class DataRecipe(Keys):
     train: TrainSources = key(
         ..., "Preference pairs to train on: a file, folder, hub id, demo, or a list of these."
     )
@@ -139,18 +129,7 @@ class DataRecipe(_Keys):
         return prompt
 
 
-class ObjectiveRecipe(_Keys):
-    name: Literal["orpo"] = key("orpo", "The loss.")
-    weight: NotNegative = key(0.1, "λ, the weight of the odds ratio term beside the NLL.", alias="lambda")
-    nll_tokens: NllTokens = key(
-        "response", "The NLL is over the response (the paper), or over all: the prompt too."
-    )
-    nll_average: NllAverage = key(
-        "sequence", "The NLL's mean: by sequence, then pair (the paper), or by token."
-    )
-
-
-class TrainRecipe(_Keys):
+class TrainRecipe(Keys):
     pairs_per_step: Count = key(32, "Preference pairs to one optimizer step, over all GPUs.")
     learning_rate: AutoPositive = key(
         "auto", "The highest learning rate, at the end of warm-up; auto: 1e-4, or 8e-6 for full."
@@ -180,7 +159,7 @@ class TrainRecipe(_Keys):
     report_to: Trackers = key("auto", "Experiment trackers; auto: tensorboard where installed; []: none.")
 
 
-class MemoryRecipe(_Keys):
+class MemoryRecipe(Keys):
     budget_gib: AutoPositive = key(
         "auto", "Memory to stay within, CUDA's own included; auto: all that is free on the card."
     )
@@ -198,14 +177,14 @@ class MemoryRecipe(_Keys):
     )
 
 
-class Recipe(_Keys):
+class Recipe(Keys):
     model: ModelRecipe = key(..., "The base model.")
     tuning: Tuning = key(
         "lora", "What trains: lora adapters, or full, all of the model's parameters (--full)."
     )
     lora: LoraRecipe = key(..., "The adapters trained on it.")
     data: DataRecipe = key(..., "The preference pairs.")
-    objective: ObjectiveRecipe = key(..., "The loss.")
+    objective: ObjectiveRecipe = key(..., "The loss and its keys.", discriminator="name")
     train: TrainRecipe = key(..., "The optimization.")
     memory: MemoryRecipe = key(..., "Memory against speed; the result stays the same.")
     output: Text = key(..., "The run folder, which the run makes.")
@@ -215,7 +194,10 @@ class Recipe(_Keys):
     def _absent_sections_are_empty(cls, raw: dict[str, Any]) -> dict[str, Any]:
         # So that keys missing in them are named by their full path. YAML reads a heading without keys as null.
         sections = (name for name in cls.model_fields if name not in ("output", "tuning"))
-        return {**raw, **{name: {} for name in sections if raw.get(name) is None}}
+        raw = {**raw, **{name: {} for name in sections if raw.get(name) is None}}
+        if isinstance(raw["objective"], dict):
+            raw["objective"] = {"name": DEFAULT, **raw["objective"]}
+        return raw
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as a YAML file holds it: plain values, `lambda` by that name."""
@@ -245,11 +227,14 @@ class Recipe(_Keys):
 
         `ignoring` names keys ("train.log_every") and whole sections ("memory").
         """
-        now = dict(other.values())
+        saved, now = dict(self.values()), dict(other.values())
+        # Objectives have different keys.
+        was = {key: shown(saved[key]) if key in saved else "absent" for key in [*saved, *now]}
+        is_now = {key: shown(now[key]) if key in now else "absent" for key in was}
         return [
-            f"{key}: {shown(saved)} in the saved run, {shown(now[key])} now"
-            for key, saved in self.values()
-            if saved != now[key] and not {key, key.split(".")[0]} & set(ignoring)
+            f"{key}: {was[key]} in the saved run, {is_now[key]} now"
+            for key in was
+            if saved.get(key) != now.get(key) and not {key, key.split(".")[0]} & set(ignoring)
         ]
 
 
@@ -275,9 +260,9 @@ def _values(raw: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 def _fields() -> Iterator[tuple[str, FieldInfo]]:
     for name, field in Recipe.model_fields.items():
         yield name, field
-        if isinstance(field.annotation, type) and issubclass(field.annotation, _Keys):
-            for key, inner in field.annotation.model_fields.items():
-                yield f"{name}.{inner.alias or key}", inner
+        for keys in OBJECTIVES.values() if name == "objective" else [field.annotation]:
+            if isinstance(keys, type) and issubclass(keys, Keys):
+                yield from ((f"{name}.{key}", inner) for key, inner in keys.names().items())
 
 
 FIELDS = dict(_fields())

@@ -13,6 +13,7 @@ from pydantic_core import ErrorDetails
 
 from qorpo.errors import RecipeError
 from qorpo.recipe.keys import FIELDS, Recipe, set_key
+from qorpo.recipe.objectives import belongs_to, unknown_objective
 from qorpo.recipe.values import shown
 
 
@@ -142,11 +143,18 @@ def recipe_error(where: str, problems: Sequence[str]) -> RecipeError:
 
 
 def _explain(error: ErrorDetails) -> str:
-    path = ".".join(str(part) for part in error["loc"])
+    section, *place = error["loc"]
+    objective = place.pop(0) if section == "objective" and place else None  # pydantic puts its name there
+    path = ".".join(str(part) for part in (section, *place))
     expected = error["msg"]
     match error["type"]:
         case "extra_forbidden" | "invalid_key":
+            others = belongs_to(str(place[0])) if objective else []
+            if others:
+                return f"{path}: belongs to {', '.join(others)}; objective.name is {objective}"
             return _unknown(path)
+        case "union_tag_invalid":
+            return unknown_objective(error["input"]["name"])
         case "missing":
             what = str(FIELDS[path].description).rstrip(".")
             return f"{path}: missing; give {what[0].lower()}{what[1:]}"
@@ -154,7 +162,7 @@ def _explain(error: ErrorDetails) -> str:
             return f"{path.rpartition('.')[0]}: {error['msg']}"
         case "literal_error":
             expected = error["ctx"]["expected"].replace("'", "")
-        case "model_type":
+        case "model_type" | "model_attributes_type":
             expected = "a section, with keys of its own"
     return f"{path}: got {shown(error['input'])}; expected {expected}"
 

@@ -1,10 +1,20 @@
-"""The kinds of value a recipe's keys take, and what a message says belongs there."""
+"""What a recipe's sections are made of: keys, and the kinds of value they take, each with what a message says of it."""
 
 import os
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, StrictBool, ValidationError, WrapValidator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    ValidationError,
+    WrapValidator,
+)
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 
@@ -90,6 +100,20 @@ Trackers = Annotated[
     Auto | Annotated[tuple[Literal[TRACKERS], ...], BeforeValidator(listed)],  # type: ignore[valid-type]
     expects(f"auto, [] for none, or a list of {', '.join(TRACKERS)}"),
 ]
+
+
+def key(default: Any, description: str, **options: Any) -> Any:
+    """A key of the recipe; `...` for one that must be given. The description goes into messages and documentation."""
+    return Field(default, description=description, **options)
+
+
+class Keys(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    @classmethod
+    def names(cls) -> dict[str, FieldInfo]:
+        """Every key by its name in a recipe, with pydantic's account of it."""
+        return {field.alias or name: field for name, field in cls.model_fields.items()}
 
 
 def shown(value: Any) -> str:

@@ -49,8 +49,8 @@ class TrainState:
     """Where a run stands."""
 
     step: int = 0  # optimizer steps done
-    best_step: int | None = None  # the step with the lowest evaluation loss so far
-    best_loss: float | None = None
+    best_step: int | None = None  # the step with the best evaluation so far, by the objective's headline
+    best_headline: float | None = None
 
 
 class Checkpoints:

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qorpo.build import limits_of
+from qorpo.build import build_objective, limits_of
 from qorpo.data.pack import PairLengths
 from qorpo.data.records import PreferencePair
 from qorpo.data.token_table import largest_token_id, longest_pair
@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 
 class Trainer:
-    """ORPO on preference pairs, one step after another.
+    """An objective on preference pairs, one step after another.
 
     Args:
         model: a causal language model of transformers, quantized or not. LoRA is attached as the recipe says, unless
@@ -75,6 +75,7 @@ class Trainer:
     ):
         recipe = resolve(recipe, device_type=runs_on(recipe, model))
         self.is_full = recipe.tuning == "full"
+        self.objective = build_objective(recipe.objective)
         self.tokenizer = tokenizer
         self.progress = progress or Progress()
 
@@ -193,7 +194,8 @@ class Trainer:
     def train(self, *, resume: bool = False) -> dict[str, float]:
         """Train to the end, writing metrics and checkpoints into the run folder, and the adapter last.
 
-        With evaluation pairs the adapter, in the folder and in memory, is the one with the lowest evaluation loss.
+        With evaluation pairs the adapter, in the folder and in memory, is the one with the best evaluation, by the
+        objective's headline (its loss).
 
         Returns:
             The last evaluation's metrics (`eval_…`), else the last step's.
@@ -228,7 +230,7 @@ class Trainer:
                 is_best = False
                 if is_evaluation:
                     eval_metrics = self._evaluate_and_log()
-                    is_best = self._note_best(eval_metrics["eval_loss"])
+                    is_best = self._note_best(eval_metrics)
                 if is_save or is_best:
                     self.checkpoints.write(self.state)
             self.checkpoints.finish()
@@ -293,7 +295,7 @@ class Trainer:
                 torch.manual_seed(seed)
             with self._unwrapped.packed_attention():
                 return run_step(
-                    self.scorer, pairs, self.recipe.objective, backward=backward,
+                    self.scorer, pairs, self.objective, backward=backward,
                     microbatch_tokens=microbatch_tokens, device=self.accelerator.device, ranks=self.ranks,
                 )  # fmt: skip
 
@@ -382,10 +384,12 @@ class Trainer:
             raise _diverged(self.state.step, f"evaluation loss {metrics['eval_loss']}")
         return metrics
 
-    def _note_best(self, eval_loss: float) -> bool:
-        is_best = self.state.best_loss is None or eval_loss < self.state.best_loss
+    def _note_best(self, eval_metrics: Mapping[str, float]) -> bool:
+        headline = self.objective.headline
+        value = eval_metrics[f"eval_{headline.metric}"]
+        is_best = headline.is_better(value, self.state.best_headline)
         if is_best:
-            self.state.best_step, self.state.best_loss = self.state.step, eval_loss
+            self.state.best_step, self.state.best_headline = self.state.step, value
         return is_best
 
 

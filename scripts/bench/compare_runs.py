@@ -15,16 +15,16 @@ import torch
 from _record import add_output_option, emit
 from peft import PeftModel
 
-from qorpo.build import chat_format_of, load_data
-from qorpo.data.pack import pack_pairs
+from qorpo.build import build_objective, chat_format_of, load_data
+from qorpo.data.pack import lengths_of, pack_pairs
 from qorpo.data.tokenize import TokenizedPair
-from qorpo.engine.step import StepTotals, pair_losses
+from qorpo.engine.step import scores_of
 from qorpo.model.load import load_model
 from qorpo.model.scoring import PairScorer
 from qorpo.model.selfcheck import make_scorer
+from qorpo.objectives.base import Objective
 from qorpo.recipe import load_recipe
 
-METRICS = ("nll", "log_odds_ratio", "rewards/accuracies", "chosen_logps", "rejected_logps")
 RESAMPLES = 10_000
 
 
@@ -36,6 +36,7 @@ def main() -> None:
     args = parser.parse_args()
 
     recipe = load_recipe(args.run_a / "recipe.yaml")
+    objective = build_objective(recipe.objective)
     pairs = load_data(recipe, chat_format_of(recipe)).eval.pairs
     model = load_model(recipe.model.path, quantization=recipe.model.quantization)
     model = PeftModel.from_pretrained(model, args.run_a / "adapter", adapter_name="a")
@@ -45,31 +46,35 @@ def main() -> None:
     scores = {}
     for run in ("a", "b"):
         model.set_adapter(run)
-        scores[run] = score(scorer, pairs, recipe.objective)
+        scores[run] = score(scorer, pairs, objective)
     with model.disable_adapter():
-        scores["base"] = score(scorer, pairs, recipe.objective)
+        scores["base"] = score(scorer, pairs, objective)
 
     prompts = by_prompt(pairs)
     figures = {
         f"{first}-{second}": {
-            name: interval(scores[first][name] - scores[second][name], prompts) for name in METRICS
+            name: interval(scores[first][name] - scores[second][name], prompts) for name in objective.metrics
         }
         for first, second in (("a", "b"), ("a", "base"), ("b", "base"))
     }
-    means = {run: {name: float(values[name].mean()) for name in METRICS} for run, values in scores.items()}
+    means = {
+        run: {name: float(values[name].mean()) for name in objective.metrics}
+        for run, values in scores.items()
+    }
     settings = {"a": str(args.run_a), "b": str(args.run_b), "pairs": len(pairs), "prompts": len(prompts)}
     emit("compare_runs", settings, {"means": means, "differences": figures}, model.device.type, args.output)
 
 
-def score(scorer: PairScorer, pairs: list[TokenizedPair], objective) -> dict[str, np.ndarray]:
+def score(scorer: PairScorer, pairs: list[TokenizedPair], objective: Objective) -> dict[str, np.ndarray]:
     """Every metric of every pair, (P,) each."""
     rows = defaultdict(list)
     scorer.eval()
     with torch.no_grad(), scorer.packed_attention():
         for pair in pairs:
-            packed = pack_pairs([pair], score_prompts=objective.nll_tokens == "all")
-            metrics = pair_losses(scorer(packed), packed, objective, StepTotals.of([pair], objective)).metrics
-            for name in METRICS:
+            packed = pack_pairs([pair], score_prompts=objective.scores_prompts)
+            totals = objective.totals([lengths_of(pair)])
+            metrics = objective(scores_of(scorer(packed), packed), totals).metrics
+            for name in objective.metrics:
                 rows[name].append(metrics[name].item())
     return {name: np.array(values) for name, values in rows.items()}
 

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from _record import add_output_option, emit
-from compare_runs import METRICS, by_prompt, interval, score
+from compare_runs import by_prompt, interval, score
 
 import qorpo
 from qorpo.merging.shards import Block, Planned, plan_shards, write_shards
@@ -205,6 +205,7 @@ def rss_anon() -> int:
 
 
 def measure_onto(run: Path, args: argparse.Namespace, folder: Path) -> None:
+    from qorpo.build import build_objective
     from qorpo.merging.source import find_base, find_trained
     from qorpo.merging.verify import evaluation_pairs, verify_merged
     from qorpo.model.load import load_model
@@ -212,7 +213,7 @@ def measure_onto(run: Path, args: argparse.Namespace, folder: Path) -> None:
 
     trained = find_trained(str(run))
     base = find_base([trained], args.base, None)
-    objective = trained.recipe.objective
+    objective = build_objective(trained.recipe.objective)
     figures: dict[str, Any] = {}
     scores = {}
     for onto in ("original", "dequantized"):
@@ -230,10 +231,11 @@ def measure_onto(run: Path, args: argparse.Namespace, folder: Path) -> None:
         shutil.rmtree(output)
     prompts = by_prompt(pairs)
     figures["original-dequantized"] = {
-        name: interval(scores["original"][name] - scores["dequantized"][name], prompts) for name in METRICS
+        name: interval(scores["original"][name] - scores["dequantized"][name], prompts)
+        for name in objective.metrics
     }
     settings = {"part": "onto", "run": run.name, "pairs": len(pairs), "prompts": len(prompts),
-                "lambda": objective.weight}  # fmt: skip
+                "objective": trained.recipe.to_dict()["objective"]}  # fmt: skip
     emit("merge", settings, json.loads(json.dumps(figures)), "cpu", args.output)
 
 

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qorpo.data.pack import PackedPairs
+from qorpo.data.pack import PackedPairs, lengths_of
 from qorpo.data.tokenize import TokenizedPair
-from qorpo.engine.step import StepTotals, pair_losses, run_step
+from qorpo.engine.step import run_step, scores_of
 from qorpo.model.scoring import PairScorer
-from qorpo.recipe import ObjectiveRecipe
+from qorpo.objectives.base import Totals
+from qorpo.objectives.orpo import Orpo
 
 CPU = torch.device("cpu")
 CONVENTIONS = list(itertools.product(("response", "all"), ("sequence", "token")))
@@ -24,10 +25,8 @@ TINY, MEDIUM, HUGE = 1, 45, 10_000  # tokens a row: a pair each, some to a row, 
 ARCHITECTURES = ("gpt2", "gpt-neox")
 
 
-def objective_of(nll_tokens: str = "response", nll_average: str = "sequence") -> ObjectiveRecipe:
-    return ObjectiveRecipe.model_validate(
-        {"lambda": WEIGHT, "nll_tokens": nll_tokens, "nll_average": nll_average}
-    )
+def objective_of(nll_tokens: str = "response", nll_average: str = "sequence") -> Orpo:
+    return Orpo(weight=WEIGHT, nll_tokens=nll_tokens, nll_average=nll_average)
 
 
 def make_pairs() -> list[TokenizedPair]:
@@ -62,7 +61,7 @@ def gradients_of(model) -> dict[str, torch.Tensor]:
     return grads
 
 
-def step_of(model, pairs, objective: ObjectiveRecipe, microbatch_tokens: int, mode="sdpa"):
+def step_of(model, pairs, objective: Orpo, microbatch_tokens: int, mode="sdpa"):
     """Metrics and gradients by qorpo."""
     scorer = PairScorer(model, mode, chunk_tokens=7)
     with scorer.packed_attention():
@@ -233,11 +232,11 @@ def test_the_shares_of_the_loss_add_up_to_it(convention):
 @pytest.mark.parametrize("convention", CONVENTIONS)
 def test_a_micro_batch_by_itself(convention):
     pairs, objective = make_pairs(), objective_of(*convention)
-    totals = StepTotals.of(pairs, objective)
+    totals = objective.totals([lengths_of(pair) for pair in pairs])
     lookup = _Lookup()
     run_step(lookup, pairs, objective, microbatch_tokens=MEDIUM, device=CPU)
-    outputs = [pair_losses(lookup(packed), packed, objective, totals) for packed in list(lookup.rows)]
-    assert sum(len(output.metrics["loss"]) for output in outputs) == totals.pairs
+    outputs = [objective(scores_of(lookup(packed), packed), totals) for packed in list(lookup.rows)]
+    assert sum(len(output.metrics["loss"]) for output in outputs) == totals.groups
     for output in outputs:
         torch.testing.assert_close(output.loss, output.metrics["loss"].sum(), rtol=1e-14, atol=0)
 
@@ -255,8 +254,9 @@ def test_rows_keep_the_budget_and_score_prompts_only_where_these_are_learned(mic
 
 
 def test_what_the_means_are_over():
-    assert StepTotals.of(HAND, objective_of("response")) == StepTotals(pairs=2, nll_tokens=4, row_tokens=11)
-    assert StepTotals.of(HAND, objective_of("all")) == StepTotals(pairs=2, nll_tokens=6, row_tokens=11)
+    lengths = [lengths_of(pair) for pair in HAND]
+    assert objective_of("response").totals(lengths) == Totals(groups=2, nll_tokens=4)
+    assert objective_of("all").totals(lengths) == Totals(groups=2, nll_tokens=6)
 
 
 def test_sequences_are_averaged_in_float64():

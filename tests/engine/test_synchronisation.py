@@ -14,7 +14,7 @@ from qorpo.model.adapters import attach_lora
 from qorpo.model.checkpointing import checkpoint_layers
 from qorpo.model.load import load_model
 from qorpo.model.scoring import PairScorer
-from qorpo.recipe import ObjectiveRecipe
+from qorpo.objectives.orpo import Orpo
 
 CPU = torch.device("cpu")
 aten = torch.ops.aten
@@ -57,7 +57,7 @@ def waits_of_a_step(model, mode, **objective):
     scorer = PairScorer(model, mode, chunk_tokens=7)
     with scorer.packed_attention(), Waits() as waits:
         means = run_step(
-            scorer.train(), pairs(), ObjectiveRecipe(**objective), microbatch_tokens=40, device=CPU,
+            scorer.train(), pairs(), Orpo(**objective), microbatch_tokens=40, device=CPU,
             backward=torch.Tensor.backward,
         )  # fmt: skip
     assert torch.isfinite(means["loss"])

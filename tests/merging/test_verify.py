@@ -19,7 +19,7 @@ from qorpo.merging.source import find_base, find_trained
 from qorpo.merging.verify import THRESHOLDS, _Scores, verify_merged, with_adapters
 from qorpo.model.load import load_model
 from qorpo.model.scoring import own_logps, sequences
-from qorpo.recipe import ObjectiveRecipe
+from qorpo.objectives.orpo import Orpo
 
 PAIRS = [
     TokenizedPair((5, 9, 30), (7, 8, 9, 10), (11, 12), "a"),
@@ -48,7 +48,7 @@ def test_the_divergence_is_that_of_the_models_own_logits(name):
     with torch.no_grad():
         for parameter in merged.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.02)
-    objective = ObjectiveRecipe()
+    objective = Orpo()
     scores = [_Scores.of(model, PAIRS, objective) for model in (reference, merged)]
     comparison = scores[0].compared_with(scores[1], "the reference", judged=True)
     kl_S = plain_kl(reference, merged)
@@ -64,7 +64,7 @@ def test_the_divergence_is_that_of_the_models_own_logits(name):
 def test_prompts_count_where_the_run_learned_them(average):
     """`nll_tokens: all`: their tokens are in the NLL as in training, and compared as well."""
     model = build("llama").float()
-    scores = _Scores.of(model, PAIRS, ObjectiveRecipe(nll_tokens="all", nll_average=average))
+    scores = _Scores.of(model, PAIRS, Orpo(nll_tokens="all", nll_average=average))
     whole = [torch.tensor([pair.prompt_ids + pair.chosen_ids]) for pair in PAIRS]
     with torch.no_grad():
         own = [
@@ -113,7 +113,7 @@ def test_a_wrong_merge_fails(mistake, onto, real, tmp_path):
     verification = verify_merged(
         output, find_base([trained], None, None), [trained.adapter],
         merging.evaluation_pairs(pairs, None, str(base)),
-        references=["nf4" if onto == "dequantized" else "none"], objective=ObjectiveRecipe(), device=CPU,
+        references=["nf4" if onto == "dequantized" else "none"], objective=Orpo(), device=CPU,
     )  # fmt: skip
     assert not verification.passed
     assert verification.lines()[-1] == "verification: FAILED"

@@ -10,6 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from qorpo.build import build_objective
 from qorpo.data.pack import PairLengths
 from qorpo.data.tokenize import TokenizedPair
 from qorpo.engine.optim import make_optimizer
@@ -121,7 +122,7 @@ def measured_bytes(case: Case, folder: Path) -> tuple[int, int]:
     def step():
         with scorer.packed_attention():
             run_step(
-                scorer, pairs * (2 if case.accumulates else 1), recipe.objective, device=CPU,
+                scorer, pairs * (2 if case.accumulates else 1), build_objective(recipe.objective), device=CPU,
                 microbatch_tokens=sum(map(sum, case.rows)), backward=torch.Tensor.backward,
             )  # fmt: skip
         torch.nn.utils.clip_grad_norm_(trained, 1.0)

@@ -60,7 +60,7 @@ def gradients(trainer):
     trainer.model.train()
     with trainer._unwrapped.packed_attention():
         run_step(
-            trainer.scorer, trainer.train_pairs[:10], trainer.recipe.objective,
+            trainer.scorer, trainer.train_pairs[:10], trainer.objective,
             backward=trainer.accelerator.backward, device=trainer.accelerator.device,
             microbatch_tokens=trainer.recipe.memory.microbatch_tokens,
         )  # fmt: skip
@@ -571,4 +571,4 @@ def test_state_is_readable(make_trainer):
     trainer.train()
     state = json.loads((trainer.folder.checkpoint(2) / "state.json").read_text())
     assert state["step"] == state["best_step"] == 2
-    assert state["best_loss"] == read_metrics(trainer.folder.path)[-1]["eval_loss"]
+    assert state["best_headline"] == read_metrics(trainer.folder.path)[-1]["eval_loss"]

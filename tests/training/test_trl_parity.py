@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from qorpo.data.tokenize import TokenizedPair
 from qorpo.engine.step import run_step
 from qorpo.model.scoring import PairScorer
-from qorpo.recipe import ObjectiveRecipe
+from qorpo.objectives.orpo import Orpo
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # it warns of its name at import
 orpo = pytest.importorskip("trl.experimental.orpo", reason="TRL, to compare with, is not installed")
@@ -104,9 +104,7 @@ def pairs_of(batch: dict[str, torch.Tensor]) -> list[TokenizedPair]:
 
 def qorpo_step(model, pairs, *, microbatch_tokens: int = 10_000, nll_tokens="all", nll_average="token"):
     """qorpo's metrics, as numbers, and the gradient of every parameter."""
-    objective = ObjectiveRecipe.model_validate(
-        {"lambda": WEIGHT, "nll_tokens": nll_tokens, "nll_average": nll_average}
-    )
+    objective = Orpo(weight=WEIGHT, nll_tokens=nll_tokens, nll_average=nll_average)
     scorer = PairScorer(model, "sdpa", chunk_tokens=16)
     with scorer.packed_attention():
         metrics = run_step(
