@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from qorpo.errors import QorpoError
+from qorpo.out_of_memory import advised
 from qorpo.printable import printable
 
 app = typer.Typer(
@@ -226,7 +227,8 @@ def main() -> None:
     logging.setLogRecordFactory(_printable_record)
     sys.excepthook = _print_traceback
     try:
-        app()
+        with advised("close what else needs memory, or take a machine with more"):
+            app()
     except QorpoError as error:
         if "--debug" in sys.argv:
             raise

@@ -215,7 +215,7 @@ class FailedWrite(NamedTuple):
 def failed_write(error: BaseException) -> FailedWrite | None:
     """What is behind an error that ended a write, in whatever words a library puts it; None where it is no such error."""
     cause = _system_error(error)
-    if cause is None:
+    if cause is None or cause.errno == errno.ENOMEM:  # memory's lack is no disk's
         return None
     if cause.errno in (errno.ENOSPC, errno.EDQUOT):
         remedy = "make room"

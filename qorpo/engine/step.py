@@ -5,26 +5,16 @@ Loss and gradient are those of the whole step, whatever the split: the objective
 """
 
 import contextlib
-import gc
-import logging
 from collections.abc import Callable, Sequence
-from typing import TypeVar
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 
-from qorpo.data.pack import PackedPairs, lengths_of, moved, pack_pairs, row_tokens, split_by_budget
+from qorpo.data.pack import PackedPairs, lengths_of, moved, pack_pairs
 from qorpo.data.tokenize import TokenizedPair
 from qorpo.engine.distributed import Ranks
 from qorpo.objectives.base import Objective, Scores
 
-logger = logging.getLogger(__name__)
-T = TypeVar("T")
 ALONE = Ranks()
-
-
-class StepTooLargeError(Exception):
-    """Memory ran out although each micro-batch that is as long as any held one pair."""
 
 
 def run_step(
@@ -67,49 +57,6 @@ def run_step(
 def _least(pairs: Sequence[TokenizedPair]) -> TokenizedPair:
     token = pairs[0].prompt_ids[:1]
     return TokenizedPair(token, token, token, "idle")
-
-
-def within_memory(
-    attempt: Callable[[int], T],
-    pairs: Sequence[TokenizedPair],
-    microbatch_tokens: int,
-    undo: Callable[[], None] = lambda: None,
-) -> tuple[T, int]:
-    """`attempt(microbatch_tokens)`, and for as long as memory runs out in it, the whole again with half the tokens.
-
-    Args:
-        attempt: what scores all of `pairs` in micro-batches of at most so many tokens.
-        undo: takes back what a broken attempt left, such as gradients of its first micro-batches.
-
-    Returns:
-        What `attempt` gave, and the tokens with which it succeeded.
-
-    Raises:
-        StepTooLargeError: where smaller micro-batches would be no smaller, since the longest pair alone is as long.
-    """
-    longest_pair = max(map(row_tokens, pairs))
-    while True:
-        try:
-            return attempt(microbatch_tokens), microbatch_tokens
-        except RuntimeError as error:
-            if not should_reduce_batch_size(error):
-                raise
-            shortage = str(error).splitlines()[0]
-        # Out of the except clause, whose traceback holds the broken attempt's tensors.
-        undo()
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        rows = split_by_budget(pairs, microbatch_tokens)
-        longest_row = max(sum(map(row_tokens, row)) for row in rows)
-        if longest_row == longest_pair:
-            raise StepTooLargeError(shortage)
-        smaller = max(longest_row // 2, longest_pair)
-        logger.warning(
-            "out of memory in micro-batches of %d tokens (%s); the step is done again in micro-batches of %d",
-            longest_row, shortage, smaller,
-        )  # fmt: skip
-        microbatch_tokens = smaller
 
 
 def scores_of(token_logps_S: torch.Tensor, packed: PackedPairs) -> Scores:

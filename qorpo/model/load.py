@@ -25,6 +25,7 @@ from transformers.initialization import no_init_weights
 
 from qorpo.errors import ModelError
 from qorpo.model.nf4 import fix_dequantization, keep_quant_states, quantized_on_gpu
+from qorpo.out_of_memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -128,6 +129,8 @@ def load_model(
             f"{source}: the .bin weights are broken, or hold more than tensors; convert them to safetensors"
         ) from error
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
         raise ModelError(f"{source}: the model could not be loaded: {_first_line(error)}") from error
     model, report = loaded
     _check_weights(source, model, report["missing_keys"])

@@ -15,6 +15,8 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
+from qorpo.out_of_memory import is_out_of_memory
+
 logger = logging.getLogger(__name__)
 
 _can_compile = True  # until it was tried in vain
@@ -100,10 +102,10 @@ def fused_softmax_of_others_(
     if _can_compile:
         try:
             return _compiled()(*inputs)
-        except torch.OutOfMemoryError:
-            raise
         # Of many types: no C compiler, no Triton for this card. Nothing is computed then.
         except Exception as error:
+            if is_out_of_memory(error):
+                raise  # it passes: the step is done again, smaller, and the compiler asked again
             _can_compile = False  # each further try would take seconds, for every chunk
             logger.warning(
                 "the output head's kernel could not be compiled, so it needs more time and memory: %s: %s",

@@ -154,19 +154,27 @@ def _counter(
 def free_bytes(recipe: Recipe, device: torch.device) -> int:
     """What PyTorch's allocator may reserve: what is free or its own already, within the recipe's budget."""
     budget_gib = recipe.memory.budget_gib
-    if device.type != "cuda":
-        if budget_gib != "auto":
-            return int(budget_gib * GIB)
-        return psutil.virtual_memory().available + psutil.Process().memory_info().rss
+    if device.type == "cuda":
+        return _room_on_card(budget_gib, device)
+    if budget_gib != "auto":
+        return int(budget_gib * GIB)
+    return psutil.virtual_memory().available + psutil.Process().memory_info().rss
+
+
+def _room_on_card(budget_gib: float | str, device: torch.device) -> int:
     free, _ = torch.cuda.mem_get_info(device)
     room_bytes = free + torch.cuda.memory_reserved(device) - LATER_BYTES
-    return room_bytes if budget_gib == "auto" else min(room_bytes, int(budget_gib * GIB) - CONTEXT_BYTES)
+    return (
+        room_bytes if isinstance(budget_gib, str) else min(room_bytes, int(budget_gib * GIB) - CONTEXT_BYTES)
+    )
 
 
 def cap_card(budget_gib: float | str, device: torch.device) -> None:
-    """Let PyTorch reserve no more of a CUDA card than the budget leaves beside CUDA's own share."""
-    if device.type == "cuda" and not isinstance(budget_gib, str):
-        total = torch.cuda.get_device_properties(device).total_memory
-        share = (budget_gib * GIB - CONTEXT_BYTES) / total
+    """Let PyTorch reserve no more of a CUDA card than is free now and the budget leaves beside CUDA's own share.
+
+    So its allocator is the first to run out, which a step gets over; a library's own call that fails ends the run.
+    """
+    if device.type == "cuda":
+        share = _room_on_card(budget_gib, device) / torch.cuda.get_device_properties(device).total_memory
         # By its number or none: a device that is just "cuda", as accelerate names a single card, is refused.
         torch.cuda.set_per_process_memory_fraction(min(max(share, 0.0), 1.0), device.index)

@@ -36,6 +36,7 @@ from qorpo.data.tokenize import ChatFormat
 from qorpo.engine.distributed import Ranks, gathered, sharded_like
 from qorpo.engine.optim import load_optimizer_state
 from qorpo.errors import RunError
+from qorpo.out_of_memory import is_out_of_memory
 from qorpo.training.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -171,6 +172,8 @@ def load_checkpoint(
         schedule.load_state_dict(saved["schedule"])
         return TrainState(**json.loads((folder / STATE).read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, UnpicklingError) as error:
+        if is_out_of_memory(error):
+            raise
         raise _unusable(folder, error) from error
 
 
@@ -225,6 +228,8 @@ def load_sharded_checkpoint(
         schedule.load_state_dict(torch.load(folder / "schedule.pt", weights_only=True)["schedule"])
         return TrainState(**json.loads((folder / STATE).read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, CheckpointException) as error:
+        if is_out_of_memory(error):
+            raise
         raise _unusable(folder, error) from error
 
 
@@ -234,6 +239,8 @@ def load_parameters(folder: Path, scorer: Any) -> None:
     try:
         dcp.load(parameters, checkpoint_id=folder / SHARDS)
     except (OSError, ValueError, KeyError, RuntimeError, CheckpointException) as error:
+        if is_out_of_memory(error):
+            raise
         raise _unusable(folder, error) from error
     set_model_state_dict(scorer, parameters["model"])
 
@@ -293,6 +300,8 @@ def load_adapter(folder: Path, model: PeftModel) -> None:
         weights = {name: sharded_like(weight, own.get(name)) for name, weight in weights.items()}
         outcome: Any = set_peft_model_state_dict(model, weights)
     except (OSError, SafetensorError, RuntimeError, KeyError) as error:
+        if is_out_of_memory(error):
+            raise
         raise _unusable(folder, error) from error
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     if strange := outcome.unexpected_keys or sorted(trained & set(outcome.missing_keys)):

@@ -4,13 +4,12 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType, ProjectConfiguration
-from accelerate.utils.memory import should_reduce_batch_size
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -21,7 +20,8 @@ from qorpo.data.token_table import largest_token_id, longest_pair
 from qorpo.data.tokenize import ChatFormat, Tokenized, TokenizedPair, tokenize_pairs
 from qorpo.engine.distributed import as_on_main, make_accelerator, ranks_of, reshard, runs_on
 from qorpo.engine.optim import make_optimizer, make_schedule
-from qorpo.engine.step import StepTooLargeError, run_step, within_memory
+from qorpo.engine.step import run_step
+from qorpo.engine.within_memory import within_memory
 from qorpo.errors import ModelError, RunError
 from qorpo.model.adapters import attach_lora
 from qorpo.model.checkpointing import checkpoint_layers
@@ -30,7 +30,8 @@ from qorpo.model.load import keep_nf4_trainable, read_chat_template
 from qorpo.model.mixed_precision import casts_of, train_all
 from qorpo.model.scoring import PairScorer
 from qorpo.model.selfcheck import resolve_mode
-from qorpo.planning.auto import advice_for, cap_card, resolve_memory
+from qorpo.out_of_memory import advised
+from qorpo.planning.auto import cap_card, resolve_memory
 from qorpo.recipe import DataRecipe, Recipe, resolve
 from qorpo.training.checkpoint import (
     Checkpoints,
@@ -39,6 +40,7 @@ from qorpo.training.checkpoint import (
     save_tokenizer,
     save_whole_model,
 )
+from qorpo.training.last_state import ending_with_advice
 from qorpo.training.metrics import StepMetrics
 from qorpo.training.progress import Progress
 from qorpo.training.run_folder import RunFolder
@@ -94,7 +96,6 @@ class Trainer:
         )  # fmt: skip
         self.is_sharded = self.accelerator.distributed_type is DistributedType.FSDP
         self._check_ranks(recipe)
-        cap_card(recipe.memory.budget_gib, self.accelerator.device)
         self.folder = RunFolder(
             recipe.output,
             is_main=self.accelerator.is_main_process,
@@ -116,10 +117,11 @@ class Trainer:
         # Ranks may find different amounts of memory free, and must take the same micro-batches.
         recipe = as_on_main(
             resolve_memory(
-                recipe, self.model, self._longest_pair,
+                recipe, self.model, self.longest_pair,
                 device=self.accelerator.device, dtype=self.dtype, ranks=self.accelerator.num_processes,
             )
         )  # fmt: skip
+        cap_card(recipe.memory.budget_gib, self.accelerator.device)
         memory = recipe.memory
         scorer.chunk_tokens = int(memory.logprob_chunk_tokens)
         if layers := memory.activation_checkpointing:
@@ -139,6 +141,7 @@ class Trainer:
         self.ranks = ranks_of(self.accelerator, self.scorer)
         self.schedule = make_schedule(self.optimizer, recipe.train, self.total_steps)
         self.state = TrainState()
+        self.is_whole = True  # the weights are those of `state`: nothing was broken off while it changed them
         self.metrics = StepMetrics(self.accelerator.device)
         self.checkpoints = Checkpoints(
             self.folder, self.model, self.scorer, self.optimizer.optimizer, self.schedule, self.ranks,
@@ -206,7 +209,10 @@ class Trainer:
         """
         settings, folder = self.recipe.train, self.folder
         if resume:
-            self.state = self.checkpoints.load_latest() or self.state
+            with advised(
+                "nothing of the run was changed; free some memory, or lower memory's keys, and resume again"
+            ):
+                self.state = self.checkpoints.load_latest() or self.state
             folder.cut_metrics(self.state.step or -1)
         elif folder.metrics.exists() or folder.checkpoints.exists():
             raise RunError(f"output: {folder.path} holds a run; resume it, or give another output")
@@ -215,7 +221,8 @@ class Trainer:
             folder.path.mkdir(parents=True, exist_ok=True)
         step_metrics: dict[str, float] = {}
         eval_metrics: dict[str, float] = {}
-        with self.trackers.open(self.recipe.to_dict()), contextlib.closing(self.progress):
+        trackers = self.trackers.open(self.recipe.to_dict())
+        with trackers, contextlib.closing(self.progress), ending_with_advice(self):
             self.progress.start(self.state.step, self.total_steps)
             if self.eval_pairs and self.state.step == 0:
                 eval_metrics = self._evaluate_and_log()
@@ -226,7 +233,7 @@ class Trainer:
                 is_evaluation = bool(self.eval_pairs) and self._due(settings.eval_every, step)
                 is_save = self._due(settings.save_every, step)
                 if is_evaluation or is_save or step % settings.log_every == 0:
-                    step_metrics = self._flush_metrics()
+                    step_metrics = self.flush_metrics()
                 is_best = False
                 if is_evaluation:
                     eval_metrics = self._evaluate_and_log()
@@ -235,7 +242,8 @@ class Trainer:
                     self.checkpoints.write(self.state)
             self.checkpoints.finish()
             if self.state.best_step not in (None, self.total_steps):
-                self.checkpoints.load_best(self.state)
+                with self._changing_weights():
+                    self.checkpoints.load_best(self.state)
             with folder.new_folder(folder.model if self.is_full else folder.adapter) as unfinished:
                 self.save(unfinished)
         return eval_metrics or step_metrics
@@ -278,7 +286,7 @@ class Trainer:
         return self.accelerator.unwrap_model(self.scorer)
 
     @property
-    def _longest_pair(self) -> PairLengths:
+    def longest_pair(self) -> PairLengths:
         longest = [longest_pair(pairs) for pairs in (self.train_pairs, self.eval_pairs) if pairs]
         return PairLengths(*max(longest, key=sum))
 
@@ -288,54 +296,33 @@ class Trainer:
         backward: Callable[[torch.Tensor], None] | None = None,
         seed: int | None = None,
     ) -> dict[str, torch.Tensor]:
-        """`run_step` on the pairs, in smaller micro-batches from then on where memory runs out."""
+        """`run_step` on the pairs, in smaller micro-batches from then on where memory runs out.
+
+        With `backward` gradients are clipped as well, and their norm is one of the means.
+        """
 
         def attempt(microbatch_tokens: int) -> dict[str, torch.Tensor]:
             if seed is not None:
                 torch.manual_seed(seed)
             with self._unwrapped.packed_attention():
-                return run_step(
+                means = run_step(
                     self.scorer, pairs, self.objective, backward=backward,
                     microbatch_tokens=microbatch_tokens, device=self.accelerator.device, ranks=self.ranks,
                 )  # fmt: skip
+            if backward is not None:
+                most = self.recipe.train.max_grad_norm or math.inf
+                means["grad_norm"] = self.accelerator.clip_grad_norm_(self.trained, most)
+            return means
 
         given = int(self.recipe.memory.microbatch_tokens)
-        try:
-            if self.ranks.count > 1:  # one rank can't redo a step without the others
-                return attempt(given)
-            means, took = within_memory(attempt, pairs, given, undo=self.optimizer.zero_grad)
-        except StepTooLargeError as error:
-            raise self._ended_for_memory(f"with one pair a micro-batch ({error})") from error
-        except RuntimeError as error:
-            if not should_reduce_batch_size(error):
-                raise
-            shortage = str(error).splitlines()[0]
-            raise self._ended_for_memory(f"on rank {self.ranks.index} ({shortage})") from error
+        if self.ranks.count > 1:  # one rank can't redo a step without the others
+            return attempt(given)
+        means, took = within_memory(attempt, pairs, given, undo=self.optimizer.zero_grad)
         if took != given:
             self.recipe = self.recipe.replace("memory.microbatch_tokens", took)
             if self.folder.recipe.exists():
                 self.folder.write_recipe(self.recipe.to_yaml())
         return means
-
-    def _ended_for_memory(self, shortage: str) -> RunError:
-        """What to say when no smaller micro-batch helps; the run so far is saved, as far as this rank alone can."""
-        folder = RunFolder(self.folder.path)  # without waiting: other ranks are in the midst of the step
-        if self.ranks.count == 1 or not (self.is_full or self.is_sharded):
-            with contextlib.suppress(RunError):
-                if self.state.step not in folder.checkpoint_steps():
-                    self.checkpoints.write(self.state, folder)
-                self.checkpoints.finish()
-        advice = (
-            f"lower memory.microbatch_tokens ({self.recipe.memory.microbatch_tokens}) or data.max_length, or take more GPUs"
-            if self.is_sharded
-            else advice_for(self.recipe, self.model, self._longest_pair, self.dtype)
-        )
-        steps = folder.checkpoint_steps()
-        kept = f"{folder.checkpoint(steps[-1])} holds the run so far" if steps else "nothing was saved yet"
-        return RunError(
-            f"step {self.state.step + 1}: out of memory {shortage}; {advice}; {kept}: change memory's keys and go on "
-            "with --resume, or start anew with the others changed"
-        )
 
     def _step(self) -> None:
         """One optimizer step; its metrics stay on the device until the next flush."""
@@ -346,26 +333,36 @@ class Trainer:
         # Every step draws its dropout from the seed and its own number: a resumed run needs no random state.
         seed = _mixed(settings.seed, self.state.step + 1)
         means = self._within_memory(pairs, self.accelerator.backward, seed)
-        grad_norm = self.accelerator.clip_grad_norm_(self.trained, settings.max_grad_norm or math.inf)
         learning_rate = self.schedule.get_last_lr()[0]
-        self.optimizer.step()
-        self.schedule.step()
+        with self._changing_weights():
+            self.optimizer.step()
+            self.schedule.step()
+            self.state.step += 1
         self.optimizer.zero_grad()
-        self.state.step += 1
-        figures = {**means, "grad_norm": grad_norm, "learning_rate": learning_rate}
+        figures = {**means, "learning_rate": learning_rate}
         self.metrics.add(pairs, figures, time.perf_counter() - started)
 
-    def _flush_metrics(self) -> dict[str, float]:
+    @contextlib.contextmanager
+    def _changing_weights(self) -> Iterator[None]:
+        """What is broken off in the midst of it can't be done again, nor saved."""
+        self.is_whole = False
+        yield
+        self.is_whole = True
+
+    def flush_metrics(self) -> dict[str, float]:
         """Write the steps since the last flush, a line each; returns the last one's figures."""
+        if not self.metrics:
+            return {}
         found = self.metrics.read()
         first = self.state.step - len(found) + 1
         rows: list[dict[str, Any]] = [
             {"step": step, "epoch": step / self.steps_per_epoch, **figures}
             for step, figures in enumerate(found, start=first)
         ]
+        self.folder.append_metrics(rows)
+        self.metrics.clear()
         for row in rows:
             self.trackers.log({name: value for name, value in row.items() if name != "step"}, row["step"])
-        self.folder.append_metrics(rows)
         for row in rows:
             if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
                 raise _diverged(row["step"], f"loss {row['loss']}, gradient norm {row['grad_norm']}")

@@ -18,9 +18,16 @@ class StepMetrics:
 
     def __init__(self, device: torch.device):
         self.device = device
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the steps so far: they are on disk."""
         self._figures: list[Mapping[str, Any]] = []
         self._pairs = self._tokens = 0
         self._seconds = 0.0
+
+    def __bool__(self) -> bool:
+        return bool(self._figures)
 
     def add(self, pairs: Sequence[TokenizedPair], figures: Mapping[str, Any], seconds: float) -> None:
         """One more step: its pairs, its figures by name (numbers or tensors of one element), and its time."""
@@ -30,7 +37,7 @@ class StepMetrics:
         self._seconds += seconds
 
     def read(self) -> list[dict[str, float]]:
-        """The figures of the steps added since the last time, each with the speeds of them all."""
+        """The figures of the steps added since they were cleared, each with the speeds of them all."""
         started = time.perf_counter()
         names = list(self._figures[0])
         entries = [
@@ -45,7 +52,6 @@ class StepMetrics:
             "pairs_per_second": self._pairs / seconds,
             "peak_memory_gib": peak_memory_gib(self.device),
         }
-        self._figures, self._pairs, self._tokens, self._seconds = [], 0, 0, 0.0
         return [dict(zip(names, row, strict=True)) | speeds for row in values]
 
 

@@ -20,6 +20,7 @@ from qorpo.data.prepare import PreparedData
 from qorpo.engine.distributed import main_first, this_process
 from qorpo.errors import RunError
 from qorpo.model.load import load_model
+from qorpo.out_of_memory import advised
 from qorpo.planning.auto import cap_card
 from qorpo.recipe import Recipe, load_recipe, resolve
 from qorpo.training.loop import Trainer
@@ -98,19 +99,20 @@ def train(
         state.is_main_process,
         recipe.memory.sharding != "none" and state.num_processes > 1,
     )
-    model = load_model(
-        recipe.model.path,
-        revision=recipe.model.revision,
-        quantization=recipe.model.quantization,
-        device="cpu" if to_be_sharded else device,
-        trust_remote_code=recipe.model.trust_remote_code,
-        allow_pickle=recipe.model.allow_pickle,
-        empty=to_be_sharded and not is_main and recipe.model.quantization == "none",
-        to_be_sharded=to_be_sharded,
-    )
-    trainer = Trainer(
-        model, chat.tokenizer, recipe, data.train, data.eval, progress=progress if is_main else None
-    )
+    with advised("`qorpo plan` with this recipe says what it needs, and what to change"):
+        model = load_model(
+            recipe.model.path,
+            revision=recipe.model.revision,
+            quantization=recipe.model.quantization,
+            device="cpu" if to_be_sharded else device,
+            trust_remote_code=recipe.model.trust_remote_code,
+            allow_pickle=recipe.model.allow_pickle,
+            empty=to_be_sharded and not is_main and recipe.model.quantization == "none",
+            to_be_sharded=to_be_sharded,
+        )
+        trainer = Trainer(
+            model, chat.tokenizer, recipe, data.train, data.eval, progress=progress if is_main else None
+        )
     if is_main and not resume:
         write_down(folder, trainer.recipe, model, data)
     metrics = trainer.train(resume=resume)

@@ -27,12 +27,12 @@ import torch
 from _models import config_of, plain_tokenizer, random_model
 from _record import ExtraMemory
 from _training import LORA, Clock, lengths_of, longest_sequence, train
-from accelerate.utils.memory import should_reduce_batch_size
 
 from qorpo.data.pack import PairLengths
 from qorpo.data.records import DataReport
 from qorpo.data.tokenize import Tokenized, TokenizedPair
 from qorpo.model.load import load_model, load_tokenizer
+from qorpo.out_of_memory import is_out_of_memory
 from qorpo.planning.auto import cap_card
 
 # transformers' trainer would take every card there is.
@@ -129,7 +129,7 @@ def failure(error: Exception) -> Figures:
     first_line = (str(error).strip() or "no message").splitlines()[0]
     return {
         "error": f"{type(error).__name__}: {first_line}",
-        "out_of_memory": should_reduce_batch_size(error) or "out of memory" in first_line,
+        "out_of_memory": is_out_of_memory(error),
     }
 
 

@@ -32,12 +32,12 @@ from _lengths import MIXES, draw_lengths, random_pairs
 from _models import SHAPES, config_of, plain_tokenizer, random_model
 from _record import GIB, ExtraMemory, add_device_options, add_output_option, check_device, count, emit, gib
 from _training import lengths_of, now, train
-from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
 from qorpo.data.pack import PairLengths, row_tokens
 from qorpo.errors import RunError
 from qorpo.model.checkpointing import decoder_layers
+from qorpo.out_of_memory import is_out_of_memory
 from qorpo.planning.auto import cap_card, planned_bytes
 from qorpo.recipe.values import Attention
 from qorpo.training.loop import Trainer
@@ -72,7 +72,7 @@ def main() -> int:
     try:
         figures, memory = measure(settings)
     except (RunError, RuntimeError) as error:
-        if not (isinstance(error, RunError) or should_reduce_batch_size(error)):
+        if not (isinstance(error, RunError) or is_out_of_memory(error)):
             raise
         emit("step", settings, {"error": str(error).splitlines()[0]}, options.device, options.output)
         return 1

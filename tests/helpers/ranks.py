@@ -98,8 +98,8 @@ class WatchedTrainer(loop.Trainer):
         else:
             super()._step()
 
-    def _flush_metrics(self):
-        means = super()._flush_metrics()
+    def flush_metrics(self):
+        means = super().flush_metrics()
         self.seen["losses"].append(means["loss"])
         return means
 

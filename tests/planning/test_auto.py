@@ -140,9 +140,9 @@ def test_a_card_gives_what_is_free_within_the_budget(recipe_dict, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("budget", "fraction"), [("auto", None), (24, (24 - 0.6) / 80), (100, 1.0), (0.1, 0.0)]
+    ("budget", "fraction"), [("auto", 72.75 / 80), (24, (24 - 0.6) / 80), (100, 72.75 / 80), (0.1, 0.0)]
 )
-def test_a_card_is_capped_at_the_budget(monkeypatch, budget, fraction):
+def test_a_card_is_capped_at_the_budget_and_at_what_is_free(monkeypatch, budget, fraction):
     card = Card(monkeypatch)
     auto.cap_card(budget, torch.device("cpu"))
     assert card.fraction is None

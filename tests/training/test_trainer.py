@@ -5,40 +5,19 @@ import math
 
 import pytest
 import torch
-from helpers.tiny import changed, make_base, preference_records, read_metrics, write_records
+from helpers.tiny import make_base, read_metrics
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from qorpo import Trainer, load_pairs
+from qorpo import Trainer
 from qorpo.data.pack import pack_pairs
 from qorpo.engine.step import run_step
 from qorpo.errors import ModelError, RunError
 from qorpo.model.adapters import attach_lora
 from qorpo.model.load import load_model, load_tokenizer
 from qorpo.model.selfcheck import make_scorer
-from qorpo.recipe import load_recipe
-
-
-@pytest.fixture
-def make_trainer(recipe_dict, base, tmp_path):
-    """make_trainer(**changes of the recipe): 30 pairs to train on and 10 to evaluate on, a new output each time."""
-    numbers = iter(range(100))
-
-    def make(model=None, *, has_eval=True, path=base, **changes):
-        recipe = load_recipe(changed(recipe_dict, output=str(tmp_path / f"run-{next(numbers)}"), **changes))
-        records = preference_records()
-        parts = [
-            load_pairs(write_records(tmp_path / name, part))
-            for name, part in (("train.jsonl", records[:30]), ("eval.jsonl", records[30:]))
-        ]
-        if model is None:
-            quantization = recipe.model.quantization.replace("auto", "nf4")
-            model = load_model(str(path), quantization=quantization)
-        return Trainer(model, load_tokenizer(str(path)), recipe, parts[0], parts[1] if has_eval else None)
-
-    return make
 
 
 def adapter_bytes(trainer, folder=None):
