@@ -150,6 +150,9 @@ def merge(
         typer.Option(metavar="PAIRS", help="Pairs to verify by; else the run's own evaluation pairs."),
     ] = None,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Merge only.")] = False,
+    verify_only: Annotated[
+        bool, typer.Option("--verify-only", help="Verify what such a merge wrote before.")
+    ] = False,
     check_only: Annotated[
         bool, typer.Option("--check-only", help="Check everything, write nothing.")
     ] = False,
@@ -170,10 +173,10 @@ def merge(
             result = run(
                 adapter, output, adapters=adapters or [], base=base, revision=revision, onto=onto, dtype=dtype,
                 max_shard_bytes=round(max_shard_size * 1e9), verify=verify or not no_verify,
-                check_only=check_only, allow_pickle=allow_pickle, progress=progress,
+                verify_only=verify_only, check_only=check_only, allow_pickle=allow_pickle, progress=progress,
             )  # fmt: skip
-    except KeyboardInterrupt:
-        say("qorpo: stopped", err=True)
+    except KeyboardInterrupt as stop:
+        say("qorpo: " + "; ".join(["stopped", *map(str, stop.args)]), err=True)
         raise typer.Exit(130) from None
     if result.output is None:
         say(f"nothing written; {result.changed} tensors would change")

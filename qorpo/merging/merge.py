@@ -1,11 +1,12 @@
 """Adapters into base weights, on a small machine: check all of it, stream it shard by shard, then prove it."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import cast, get_args
+from typing import Any, cast, get_args
 
 import torch
 
@@ -20,6 +21,13 @@ from qorpo.merging.output import (
     write_card,
     write_files,
 )
+from qorpo.merging.record import (
+    NOT_VERIFIED,
+    VERIFICATION,
+    awaits_verification,
+    merge_record,
+    write_verification,
+)
 from qorpo.merging.shards import write_shards
 from qorpo.merging.source import Base, Trained, find_base, find_trained
 from qorpo.merging.verify import (
@@ -31,7 +39,8 @@ from qorpo.merging.verify import (
     verify_merged,
 )
 from qorpo.objectives.orpo import Orpo
-from qorpo.storage import output_folder, write_json
+from qorpo.out_of_memory import is_out_of_memory, shortage_of
+from qorpo.storage import failed_write, output_folder
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +73,7 @@ def merge(
     dtype: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     verify: bool | str | Path = True,
+    verify_only: bool = False,
     check_only: bool = False,
     allow_pickle: bool = False,
     progress: Progress | None = None,
@@ -83,6 +93,7 @@ def merge(
         dtype: float32, bfloat16 or float16; None: each tensor keeps the base's.
         max_shard_bytes: the most in one file.
         verify: pairs to verify by; True: the run's own evaluation, where it has one and memory allows it.
+        verify_only: verify what such a merge wrote before. A merge that was not verified is finished without it too.
         check_only: check everything and write nothing.
         allow_pickle: also read .bin weights (by torch's weights-only reader).
 
@@ -95,6 +106,10 @@ def merge(
         raise RecipeError(f"--onto: got {onto!r}; expected {' or '.join(get_args(Onto))}")
     if output is None and not check_only:
         raise RecipeError("--output: missing; give the folder to make, or --check-only")
+    if verify_only and (check_only or verify is False):
+        raise RecipeError(
+            "--verify-only: not together with --no-verify or --check-only; leave one of them out"
+        )
     trained = [find_trained(str(path), allow_pickle=allow_pickle) for path in (adapter, *adapters)]
     onto = cast(Onto, onto)
     if onto == "dequantized" and any(
@@ -112,19 +127,36 @@ def merge(
         "merge: %d of %d tensors change, onto the %s weights of %s; %s to write",
         plan.changed, sum(len(shard.tensors) for shard in plan.shards), onto, found.name, gib(plan.total_bytes),
     )  # fmt: skip
+    record = merge_record(found, trained, onto=onto, dtype=dtype)
+    is_merged = False
     if output is not None:
         output = Path(output).expanduser()
-        check_output(output, plan.total_bytes)
-    pairs = _pairs_to_verify_by(verify, found, trained, plan)
+        is_merged = verify is not False and awaits_verification(output, record, verify_only=verify_only)
+        if not is_merged:
+            check_output(output, plan.total_bytes)
+    pairs = _pairs_to_verify_by(verify, found, trained, plan, or_fail=verify_only)
     if output is None or check_only:
         return MergeResult(None, onto, plan.changed, plan.total_bytes, None)
-    _write(output, found, trained, plan, onto, progress)
-    verification = _verified(output, found, trained, pairs, onto) if pairs else None
+    if is_merged:
+        logger.info("merge: %s is merged already; what is left is to verify it", output)
+    else:
+        _write(output, found, trained, plan, onto, record, progress)
+    verification = None
+    if pairs:
+        with _unverified_until_the_end(output):
+            verification = _verified(output, found, trained, pairs, onto)
+            write_verification(output, record, verification.as_dict())
     return MergeResult(output, onto, plan.changed, plan.total_bytes, verification)
 
 
 def _write(
-    output: Path, base: Base, trained: Sequence[Trained], plan: Plan, onto: Onto, progress: Progress | None
+    output: Path,
+    base: Base,
+    trained: Sequence[Trained],
+    plan: Plan,
+    onto: Onto,
+    record: Mapping[str, Any],
+    progress: Progress | None,
 ) -> None:
     done = 0
 
@@ -139,15 +171,16 @@ def _write(
             write_shards(folder, plan.shards, on_progress)
         write_files(folder, base, trained, plan.config)
         write_card(folder, base, trained, onto)
+        write_verification(folder, record, NOT_VERIFIED)
 
 
 def _pairs_to_verify_by(
-    verify: bool | str | Path, base: Base, trained: Sequence[Trained], plan: Plan
+    verify: bool | str | Path, base: Base, trained: Sequence[Trained], plan: Plan, *, or_fail: bool
 ) -> list[TokenizedPair]:
     """Pairs, where there are any and memory for them; says what it will take, or why there is no verification.
 
     Raises:
-        QorpoError: where pairs that were asked for can't be used.
+        QorpoError: where pairs that were asked for can't be used, or there are none and there have to be (`or_fail`).
     """
     if verify is False:
         return []
@@ -165,7 +198,7 @@ def _pairs_to_verify_by(
         if needed > free:
             raise RunError(f"verifying needs about {gib(needed)} of memory, and {gib(free)} are free")
     except QorpoError as problem:
-        if asked_for is not None:
+        if asked_for is not None or or_fail:
             raise
         logger.warning("verify: not verified: %s", problem)
         return []
@@ -181,12 +214,30 @@ def _verified(
     references = ["nf4"] if onto == "dequantized" else ["none"]
     if recipe is not None and recipe.model.quantization == "nf4" and onto == "original":
         references.append("nf4")
-    verification = verify_merged(
+    return verify_merged(
         output, base, [each.adapter for each in trained], pairs,
         references=references, objective=build_objective(recipe.objective) if recipe else Orpo(), device=_device(),
     )  # fmt: skip
-    write_json(output / "verification.json", verification.as_dict())
-    return verification
+
+
+@contextmanager
+def _unverified_until_the_end(output: Path) -> Iterator[None]:
+    """Says of a verification that ends early that the model is there, and how to finish."""
+    state = f"{output} is merged and not verified; verify it by the same command, or with --verify-only"
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(state) from None
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise RunError(
+                f"verify: out of memory ({shortage_of(error)}); {state}, with more memory free"
+            ) from error
+        if failed := failed_write(error):
+            raise RunError(
+                f"{output / VERIFICATION}: could not be written ({failed.reason}); {failed.remedy}; {state}"
+            ) from error
+        raise
 
 
 def _device() -> torch.device:

@@ -90,7 +90,7 @@ def write_card(folder: Path, base: Base, trained: Sequence[Trained], onto: str) 
     for each in trained:
         weight = f" × {each.adapter.weight:g}" if each.adapter.weight != 1.0 else ""
         lines.append(f"- adapter: `{(each.run or each.adapter.folder).name}`{weight}")
-    lines.append("- verification: `verification.json`, where the merged model was verified")
+    lines.append("- verification: `verification.json`")
     for each in trained:
         lines += _run_section(each)
     (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")

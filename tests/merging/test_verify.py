@@ -1,5 +1,6 @@
 """The verification: its figures against plain ones in float64, and that it catches a merge that is wrong."""
 
+import json
 import logging
 
 import pytest
@@ -189,3 +190,116 @@ def test_without_being_asked_for_it_is_left_out_with_a_word(real, tmp_path, capl
         result = qorpo.merge(adapter, tmp_path / "model")
     assert result.verification is None
     assert "not verified: the run has no evaluation pairs" in caplog.text
+
+
+# --- a verification that did not come to its end ---
+
+
+def verdict(folder):
+    return json.loads((folder / "verification.json").read_text())["verdict"]
+
+
+def ended_by(error):
+    def verify_merged(*_, **__):
+        raise error
+
+    return verify_merged
+
+
+@pytest.fixture
+def unverified(real, tmp_path):
+    """The options of a merge that was not verified, and its folder."""
+    _, adapter, pairs = real
+    merging.merge(adapter, tmp_path / "model", verify=False)
+    assert verdict(tmp_path / "model") == "not verified"
+    return ("merge", adapter, "--output", tmp_path / "model", "--verify", pairs), tmp_path / "model"
+
+
+@pytest.mark.parametrize("finish", [(), ("--verify-only",)])
+@pytest.mark.parametrize(
+    ("error", "exit_code", "reason"),
+    [
+        (KeyboardInterrupt(), 130, "qorpo: stopped; "),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), 2, "out of memory (CUDA out of memory. Tried)"),
+        (MemoryError(), 2, "out of memory ("),
+        (OSError(28, "No space left on device"), 2, "No space left on device); make room"),
+    ],
+    ids=["stopped", "card", "host", "disk"],
+)
+def test_a_verification_that_ended_early_is_finished_later(
+    error, exit_code, reason, finish, real, tmp_path, command, monkeypatch
+):
+    """And the weights are not written again."""
+    _, adapter, pairs = real
+    output = tmp_path / "model"
+    options = ("merge", adapter, "--output", output, "--verify", pairs)
+    with monkeypatch.context() as patch:
+        patch.setattr(merging, "verify_merged", ended_by(error))
+        code, out, err = command(*options)
+    assert code == exit_code, err
+    assert reason in err
+    assert f"{output} is merged and not verified; verify it by the same command, or with --verify-only" in err
+    assert "verification" not in out
+    assert verdict(output) == "not verified"
+    written = (output / "model.safetensors").stat().st_mtime_ns
+    code, out, err = command(*options, *finish)
+    assert code == 0, err
+    assert "verification: passed" in out
+    assert verdict(output) == "pass"
+    assert (output / "model.safetensors").stat().st_mtime_ns == written
+
+
+def test_a_verified_model_is_verified_again_only_where_that_is_asked_for(unverified, command):
+    options, output = unverified
+    assert command(*options)[0] == 0
+    code, _, err = command(*options)
+    assert code == 2
+    assert (
+        "is there already, merged and verified; give another output, or verify it again with --verify-only"
+        in err
+    )
+    code, out, err = command(*options, "--verify-only")
+    assert code == 0, err
+    assert "verification: passed" in out
+    assert verdict(output) == "pass"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (("--onto", "dequantized"), "was merged from or by another onto"),
+        (("--dtype", "float32"), "was merged from or by another dtype"),
+        (("--check-only",), "not together with --no-verify or --check-only"),
+    ],
+)
+def test_verify_only_refuses_what_was_merged_otherwise(changes, message, unverified, command):
+    options, output = unverified
+    code, _, err = command(*options, *changes, "--verify-only")
+    assert code == 2
+    assert message in err
+    assert verdict(output) == "not verified"
+
+
+def test_a_merge_of_another_adapter_does_not_pass_for_the_one_that_is_there(
+    real, unverified, command, tmp_path
+):
+    base, _, _ = real
+    other = add_adapter(load(base), base, tmp_path / "other", r=2)
+    (_, _, *options), output = unverified
+    for more, message in ((("--verify-only",), "another adapters"), ((), "something is there already")):
+        code, _, err = command("merge", other, *options, *more)
+        assert code == 2
+        assert message in err
+    assert verdict(output) == "not verified"
+
+
+def test_verify_only_needs_a_merged_model_and_an_undamaged_record(unverified, command):
+    options, output = unverified
+    code, _, err = command(*options[:3], output.with_name("elsewhere"), "--verify-only")
+    assert code == 2
+    assert "holds no model that qorpo merged; leave it out to merge" in err
+    path = output / "verification.json"
+    path.write_text(path.read_text().replace("not verified", "pass"))
+    code, _, err = command(*options, "--verify-only")
+    assert code == 2
+    assert f"{path}: is damaged; remove {output} and merge again" in err
