@@ -21,6 +21,10 @@ class ModelError(QorpoError):
     """A model or tokenizer folder that can't be loaded, or a model qorpo can't score exactly."""
 
 
+class PlanError(ModelError):
+    """A model of which no memory plan can be made, as its own code doesn't run on fake tensors."""
+
+
 class RunError(QorpoError):
     """A run folder in the way, a checkpoint that doesn't fit, a disk that is full."""
 

@@ -10,6 +10,7 @@ import torch
 
 from qorpo.data.pack import PairLengths, pack_pairs
 from qorpo.data.tokenize import TokenizedPair
+from qorpo.errors import PlanError
 from qorpo.model.checkpointing import decoder_layers
 from qorpo.model.scoring import PairScorer
 from qorpo.planning.advice import advise
@@ -64,7 +65,7 @@ def resolve_memory(
         try:
             counter = _counter(recipe, model, longest, device, dtype, ranks)
             settings = _planned(recipe, counter, free_bytes(recipe, device))
-        except Exception as error:  # a model like no other: a plan helps, but training can do without
+        except PlanError as error:  # a model like no other: a plan helps, but training can do without
             logger.warning("memory: no plan can be made of this model (%s); fixed values are taken", error)
     elif (
         not on_cuda and memory.activation_checkpointing == "auto" and num_layers and memory.sharding == "none"
@@ -122,7 +123,7 @@ def advice_for(recipe: Recipe, model: Any, longest: PairLengths, dtype: torch.dt
         counter = _counter(recipe, model, longest, model.device, dtype)
         settings = fixed_settings(recipe.memory, counter.num_layers, on_cuda=counter.on_cuda)
         return _together(recipe, counter, settings, free_bytes(recipe, model.device))
-    except Exception:  # as above
+    except PlanError:
         return "lower data.max_length or lora.rank, or take a larger card"
 
 

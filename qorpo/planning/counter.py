@@ -8,7 +8,7 @@ import torch
 from transformers import PretrainedConfig
 
 from qorpo.data.pack import PairLengths
-from qorpo.errors import ModelError
+from qorpo.errors import ModelError, PlanError
 from qorpo.model.checkpointing import decoder_layers
 from qorpo.model.scoring import Mode
 from qorpo.model.selfcheck import varlen_has_all
@@ -63,9 +63,9 @@ class StepCounter:
         shapes = [[parameter.shape for parameter in layer.parameters()] for layer in layers]
         self.num_layers = len(layers)
         # Else layers of the model are not what its config counts, or not worth the same.
-        self.can_shorten = len(layers) == config.get_text_config().num_hidden_layers and all(
-            shape == shapes[0] for shape in shapes
-        )
+        self.can_shorten = len(layers) == getattr(
+            config.get_text_config(), "num_hidden_layers", None
+        ) and all(shape == shapes[0] for shape in shapes)
         self.num_trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
         self._counted: dict[tuple[Any, ...], StepMemory] = {}
 
@@ -162,12 +162,12 @@ class StepCounter:
             )
             try:
                 step = step_memory(config, self.recipe, shape)
-            except (ModelError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-                failures.append(f"{mode}: {str(error).strip().splitlines()[0]}")
+            except ModelError as error:
+                failures.append(f"{mode}: {error}")
             else:
                 self.modes = [mode]
                 return step
-        raise ModelError(f"{config.model_type}: no step of this model can be planned. " + "; ".join(failures))
+        raise PlanError(f"{config.model_type}: no step of this model can be planned. " + "; ".join(failures))
 
 
 def _continued(step: StepMemory, one: StepMemory, two: StepMemory, more: int) -> StepMemory:

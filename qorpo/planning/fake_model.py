@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from qorpo.model.adapters import attach_lora
 from qorpo.model.load import nf4_config
 from qorpo.model.mixed_precision import train_all
+from qorpo.planning.foreign import foreign_code
 from qorpo.recipe import Recipe
 
 # bitsandbytes' NF4: so many weights have one absmax, and so many absmaxes, themselves in 8 bits, have one of their own.
@@ -42,7 +43,7 @@ def make_fake_model(
     """A model of fake tensors, as `load_model` with `attach_lora` or `train_all` leaves it, and the mode it lives in."""
     lora, quantized = recipe.lora, recipe.model.quantization == "nf4"
     config = copy.deepcopy(config)  # what quantizes it writes it there
-    with torch.device("meta"):
+    with foreign_code(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             config, dtype=dtype, trust_remote_code=recipe.model.trust_remote_code
         )
@@ -54,11 +55,12 @@ def make_fake_model(
     if quantized:
         from transformers.quantizers import AutoHfQuantizer
 
-        quantizer = AutoHfQuantizer.from_config(nf4_config(config), pre_quantized=False)
-        quantizer.preprocess_model(model, device_map={"": "meta"})
-        quantizer.postprocess_model(model)
+        with foreign_code():
+            quantizer = AutoHfQuantizer.from_config(nf4_config(config), pre_quantized=False)
+            quantizer.preprocess_model(model, device_map={"": "meta"})
+            quantizer.postprocess_model(model)
     model.requires_grad_(False)
-    with torch.device("meta"):
+    with foreign_code(), torch.device("meta"):
         peft_model = attach_lora(
             model, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout,
             targets=lora.targets, modules_to_save=lora.modules_to_save,

@@ -67,6 +67,7 @@ def plan(
 
     Raises:
         RecipeError, ModelError: a recipe that doesn't hold together, or a model that has no config.json to be had.
+        PlanError: a model whose own code doesn't run on fake tensors.
     """
     return plan_budgets(recipe, overrides, budgets_gib=[budget_gib], ranks=ranks)[0]
 

@@ -22,6 +22,7 @@ from qorpo.model.scoring import Mode, PairScorer
 from qorpo.ops.softmax import triton_is_installed
 from qorpo.planning.fake_model import make_fake_model
 from qorpo.planning.fake_ranks import fake_ranks, shard
+from qorpo.planning.foreign import foreign_code
 from qorpo.planning.live_bytes import LiveBytes, Peak
 from qorpo.recipe import Recipe
 
@@ -124,7 +125,7 @@ def _step_memory(
         count.peaks.clear()
         count.kind, count.stretch = "activations", "forward"
         pairs = [_pair(lengths) for lengths in shape.rows]
-        with count, scorer.packed_attention():
+        with foreign_code(), count, scorer.packed_attention():
             run_step(
                 scorer, pairs, build_objective(recipe.objective), device=CPU, backward=backward,
                 microbatch_tokens=sum(map(sum, shape.rows)),
@@ -170,7 +171,8 @@ def _follow(layers: Sequence[nn.Module], num_checkpointed: int, count: LiveBytes
             def begin_backward(grad: torch.Tensor) -> None:
                 count.stretch = f"backward of {place}"
 
-            hidden.register_hook(begin_backward)
+            if isinstance(hidden, torch.Tensor) and hidden.requires_grad:  # nothing may train before it
+                hidden.register_hook(begin_backward)
             count.stretch = HEAD
 
         # Before FSDP2's own, which gather and free the layer's weights.

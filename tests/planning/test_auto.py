@@ -10,13 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.tiny import changed
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.cuda._utils import _get_device_index
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import qorpo
 from qorpo import Trainer, load_pairs
+from qorpo.data.pack import PairLengths
 from qorpo.model.checkpointing import _Recomputed, decoder_layers
 from qorpo.model.load import load_model, load_tokenizer
-from qorpo.planning import auto
+from qorpo.planning import auto, fake_model, live_bytes
 from qorpo.planning.settings import CONTEXT_BYTES, GIB
 from qorpo.recipe import load_recipe
 from qorpo.training.run import train
@@ -45,8 +48,6 @@ def test_off_cuda_and_without_a_budget_auto_is_fixed(recipe_dict, base, pairs_fi
 def test_on_the_cpu_layers_are_spared_recomputation_while_memory_is_plenty(
     recipe_dict, base, pairs_file, monkeypatch, layers_that_fit, recomputed
 ):
-    from qorpo.data.pack import PairLengths
-
     longest = PairLengths(30, 20, 10)
     trainer = trainer_of(recipe_dict, base, pairs_file, memory__activation_checkpointing=False)
     kept = auto.kept_bytes(trainer.model, "sdpa", longest)
@@ -60,8 +61,6 @@ def test_on_the_cpu_layers_are_spared_recomputation_while_memory_is_plenty(
 
 
 def test_what_a_forward_keeps_is_counted_once_and_without_the_model(recipe_dict, base, pairs_file):
-    from qorpo.data.pack import PairLengths
-
     trainer = trainer_of(recipe_dict, base, pairs_file, memory__activation_checkpointing=False)
     short, long = (
         auto.kept_bytes(trainer.model, "sdpa", PairLengths(*lengths)) for lengths in ((9, 6, 5), (90, 60, 50))
@@ -101,16 +100,43 @@ def test_what_auto_became_is_saved_and_what_was_given_is_kept(recipe_dict):
     assert checkpointed_layers(result.trainer) == [True, False]
 
 
-def test_a_model_that_can_not_be_planned_trains_with_fixed_values(
-    recipe_dict, base, pairs_file, monkeypatch, caplog
-):
-    def broken(*args, **kwargs):
-        raise KeyError("no such layer")
+LONGEST = PairLengths(9, 6, 5)
 
-    monkeypatch.setattr(auto, "StepCounter", broken)
-    trainer = trainer_of(recipe_dict, base, pairs_file, memory__budget_gib=0.4)
-    assert trainer.recipe.memory.microbatch_tokens == 2048
-    assert "no plan can be made of this model ('no such layer')" in caplog.text
+
+def planned(recipe_dict, base, longest=LONGEST):
+    """A recipe's memory resolved within a budget, and the advice for it."""
+    recipe, model = load_recipe(changed(recipe_dict, memory__budget_gib=0.4)), load_model(str(base))
+    resolved = auto.resolve_memory(recipe, model, longest, device=torch.device("cpu"), dtype=torch.bfloat16)
+    return resolved.memory, auto.advice_for(resolved, model, longest, torch.bfloat16)
+
+
+@pytest.mark.parametrize("error", [KeyError, NotImplementedError, DataDependentOutputException, ImportError])
+def test_a_model_that_can_not_be_planned_trains_with_fixed_values(
+    recipe_dict, base, monkeypatch, caplog, error
+):
+    def branches_on_a_value(self, hidden):
+        raise error("odd")
+
+    monkeypatch.setattr(LlamaMLP, "forward", branches_on_a_value)
+    memory, advice = planned(recipe_dict, base)
+    assert (memory.microbatch_tokens, memory.activation_checkpointing) == (2048, True)
+    (line,) = [record.getMessage() for record in caplog.records if "no plan" in record.getMessage()]
+    assert "fixed values are taken" in line
+    assert f"llama: no step of this model can be planned. sdpa: {error.__name__} in test_auto.py:" in line
+    assert advice.startswith("lower data.max_length")
+
+
+@pytest.mark.parametrize("place", ["lengths of a pair", "counting of bytes", "stand-in for NF4"])
+def test_a_fault_of_the_plan_itself_is_not_taken_for_the_models(recipe_dict, base, monkeypatch, place):
+    longest = LONGEST
+    if place == "lengths of a pair":
+        longest = PairLengths(9.0, 6.0, 5.0)  # as nulls in a column once made them
+    elif place == "counting of bytes":
+        monkeypatch.setattr(live_bytes, "BLOCK", None)
+    else:
+        monkeypatch.setattr(fake_model, "WEIGHTS_PER_ABSMAX", 0)
+    with pytest.raises((TypeError, ZeroDivisionError)):
+        planned(recipe_dict, base, longest)
 
 
 class Card:

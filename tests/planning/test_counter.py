@@ -77,6 +77,15 @@ def test_models_of_unequal_layers_are_counted_whole():
     assert counter.peak_bytes(settings) == counter.count(settings).peak.total_bytes
 
 
+def test_adapters_on_the_last_layer_alone_need_no_gradient_before_it():
+    counter, settings = (
+        counter_of("lora.targets=[layers.6.self_attn.q_proj]"),
+        MemorySettings(300, 64, 7, False),
+    )
+    assert counter.num_trained == counter_of("lora.targets=[q_proj]").num_trained / 7
+    assert counter.peak_bytes(settings) < counter_of().peak_bytes(settings)
+
+
 def test_a_model_that_packed_attention_does_not_reach_is_counted_another_way():
     counter = counter_of(model="gemma2", head_dim=32)  # with a soft cap, no kernel of PyTorch's
     counter.count(MemorySettings(300, 64, 7, False))
