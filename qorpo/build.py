@@ -2,11 +2,14 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from typing import Any
 
-from qorpo.data.locate import Source
+from qorpo.data.locate import Source, Sources
 from qorpo.data.prepare import PreparedData, prepare_pairs
+from qorpo.data.records import PreferencePair
 from qorpo.data.shapes import Layout
-from qorpo.data.tokenize import ChatFormat, Limits
+from qorpo.data.sources import load_pairs
+from qorpo.data.tokenize import ChatFormat, Limits, Tokenized, TokenizedPair, tokenize_pairs
 from qorpo.model.load import load_tokenizer, read_chat_template
 from qorpo.objectives.asft import Asft
 from qorpo.objectives.base import Objective
@@ -55,6 +58,25 @@ def load_data(recipe: Recipe, chat_format: ChatFormat) -> PreparedData:
             cut = ", ".join(f"{count} {side}" for side, count in report.cut.items() if count) or "none"
             logger.info("data: %s: %s, kept %d; cut to length: %s", name, report.summary(), report.kept, cut)
     return data
+
+
+def tokenized(
+    pairs: Sequence[PreferencePair] | Tokenized | Sources, chat_format: ChatFormat, keys: DataRecipe
+) -> Sequence[TokenizedPair]:
+    """Pairs as tokens, whichever of these they come as; what load_pairs takes is read as the recipe's `data` says."""
+    if isinstance(pairs, Tokenized):
+        return pairs.pairs
+    ready: Any = pairs
+    if not isinstance(pairs, Sequence) or not all(isinstance(pair, PreferencePair) for pair in pairs):
+        ready = load_pairs(
+            pairs,
+            shape=keys.shape,
+            columns=keys.columns,
+            ranked_pairs=keys.ranked_pairs,
+            min_margin=keys.min_margin,
+            on_bad_record=keys.on_bad_record,
+        )
+    return tokenize_pairs(ready, chat_format, limits_of(keys)).pairs
 
 
 def _sources(given: Sequence[str | SourceRecipe]) -> list[str | Source]:

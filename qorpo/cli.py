@@ -106,10 +106,12 @@ def data(
     _quiet_bars_where_no_terminal()
     from qorpo.build import build_objective, chat_format_of, load_data
     from qorpo.data.inspect import as_dict, show_pairs
-    from qorpo.data.report import draw, save
+    from qorpo.data.report import check_output, draw, save
     from qorpo.recipe import load_recipe
 
     settings = load_recipe(recipe, overrides or [])
+    if output is not None:
+        check_output(output)
     chat = chat_format_of(settings)
     found = load_data(settings, chat)
     learn_prompt = build_objective(settings.objective).scores_prompts

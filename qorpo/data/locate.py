@@ -9,10 +9,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from qorpo.data.files import EXPECTED_FILE, Found, file_kind, read_records
-from qorpo.data.shapes import FIELDS, SHAPES, Layout, shown
+from qorpo.data.shapes import FIELDS, SHAPES, Layout, RankedPairs, shown
 from qorpo.errors import DataError
 from qorpo.printable import printable
 
@@ -91,6 +91,8 @@ def _open_source(given: Any, layout: Layout) -> list[RecordFile]:
     if not isinstance(given, str | os.PathLike | Source):
         raise DataError(f"{shown(given)} is no source of pairs; give a path, a hub id, or demo")
     source = given if isinstance(given, Source) else Source(os.fspath(given))
+    _check_layout(layout)
+    _check_layout(replace(layout, columns=source.columns))
     own = replace(layout, shape=source.shape or layout.shape, columns={**layout.columns, **source.columns})
     _check_layout(own)
     if not 0 < source.weight < float("inf"):
@@ -106,6 +108,14 @@ def _check_layout(layout: Layout) -> None:
     names = [shape.name for shape in SHAPES]
     if layout.shape not in (None, *names):
         raise DataError(f"data.shape: {layout.shape!r}; expected {', '.join(names)}")
+    if layout.ranked_pairs not in get_args(RankedPairs):
+        raise DataError(
+            f"data.ranked_pairs: {layout.ranked_pairs!r}; expected {', '.join(get_args(RankedPairs))}"
+        )
+    if not isinstance(layout.columns, Mapping):
+        raise DataError(
+            f"data.columns: {shown(layout.columns)}; expected a mapping, such as {{prompt: query}}"
+        )
     if unknown := [name for name in layout.columns if name not in FIELDS]:
         raise DataError(f"data.columns: unknown {', '.join(unknown)}; expected {', '.join(FIELDS)}")
 
@@ -220,15 +230,19 @@ def _asked_once(source: Source) -> Iterator[None]:
     from huggingface_hub.errors import HfHubHTTPError
 
     was_offline = datasets.config.HF_HUB_OFFLINE
+    unreachable = None
     try:
         url = hf_hub_url(source.path, "README.md", repo_type="dataset", revision=source.revision)
         get_hf_file_metadata(url, timeout=10)
     except HfHubHTTPError:
         pass  # it answered; datasets has the better words for what it said
-    except Exception:  # of whichever HTTP library is underneath
+    except Exception as error:  # of whichever HTTP library is underneath
+        unreachable = " ".join(str(error).split())
         datasets.config.HF_HUB_OFFLINE = True
     try:
         yield
+    except ConnectionError as error:
+        raise ConnectionError(f"the hub can't be reached: {unreachable}" if unreachable else error) from error
     finally:
         datasets.config.HF_HUB_OFFLINE = was_offline
 

@@ -16,6 +16,7 @@ from qorpo.data.prepare import PreparedData
 from qorpo.data.records import DataReport
 from qorpo.errors import DataError
 from qorpo.printable import printable
+from qorpo.storage import unfinished_of, write_text
 
 COLOURS = {"prompt": "cyan", "chosen": "green", "rejected": "red"}
 BAR_WIDTH = 18
@@ -84,22 +85,45 @@ def draw(data: PreparedData, shown: Sequence[ShownPair] = ()) -> RenderableType:
     return Group(*parts)
 
 
-def save(path: Path, data: PreparedData, shown: Sequence[ShownPair] = ()) -> None:
-    """Write what `draw` draws as .html, or the histograms as .png.
-
-    Raises DataError for another ending, without matplotlib (PNG), or where the file can't be written.
-    """
+def check_output(path: Path) -> None:
+    """Raises DataError where `save` could not write: another ending, no matplotlib for PNG, or no file to be made."""
+    if path.suffix not in (".html", ".png"):
+        raise DataError(f"{path}: unknown extension {path.suffix!r}; expected .html or .png")
+    if path.suffix == ".png":
+        try:
+            import matplotlib.figure  # noqa: F401
+        except ImportError:
+            raise DataError(
+                f"{path}: PNG needs matplotlib; pip install 'qorpo[plots]', or give a .html"
+            ) from None
+    if path.is_dir():
+        raise DataError(f"{path}: is a folder; give the name of a file")
     try:
-        if path.suffix == ".html":
+        unfinished_of(path).touch()
+        unfinished_of(path).unlink()
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def save(path: Path, data: PreparedData, shown: Sequence[ShownPair] = ()) -> None:
+    """Write what `draw` draws as .html, or the histograms as .png. Raises DataError as `check_output` does."""
+    check_output(path)
+    try:
+        if path.suffix == ".png":
+            unfinished = unfinished_of(path)
+            _figure(data).savefig(unfinished, format="png")
+            unfinished.replace(path)
+        else:
             console = Console(record=True, file=io.StringIO(), width=120)
             console.print(draw(data, shown))
-            path.write_text(console.export_html(inline_styles=True), encoding="utf-8")
-        elif path.suffix == ".png":
-            _plot(path, data)
-        else:
-            raise DataError(f"{path}: unknown extension {path.suffix!r}; expected .html or .png")
+            write_text(path, console.export_html(inline_styles=True))
     except OSError as error:
-        raise DataError(f"{path}: can't be written ({error.strerror or error})") from error
+        unfinished_of(path).unlink(missing_ok=True)
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> DataError:
+    return DataError(f"{path}: can't be written ({error.strerror or error}); give another --output")
 
 
 def _counts(report: DataReport) -> Iterator[RenderableType]:
@@ -174,13 +198,9 @@ def _span(span: Span, side: str) -> tuple[str, str]:
     return printable(span.text).replace("\n", "⏎\n"), style
 
 
-def _plot(path: Path, data: PreparedData) -> None:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise DataError(
-            f"{path}: PNG needs matplotlib; pip install 'qorpo[plots]', or give a .html"
-        ) from None
+def _figure(data: PreparedData) -> Any:
+    from matplotlib.figure import Figure
+
     sides: list[tuple[str, Any]] = [("train", data.train), ("eval", data.eval)]
     sides = [(name, statistics(side.pairs)) for name, side in sides if side is not None]
     figure = Figure(figsize=(9, 3.5 * len(sides)), layout="constrained")
@@ -191,4 +211,4 @@ def _plot(path: Path, data: PreparedData) -> None:
         axes.set(xscale="log", xlabel="tokens", ylabel="pairs", title=f"{name}: {found.pairs:,} pairs")
         axes.set_xticks(found.lengths["prompt"].edges, [str(edge) for edge in found.lengths["prompt"].edges])
         axes.legend()
-    figure.savefig(path)
+    return figure

@@ -13,11 +13,12 @@ from accelerate.utils import DistributedType, ProjectConfiguration
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qorpo.build import build_objective, limits_of
+from qorpo.build import build_objective, tokenized
+from qorpo.data.locate import Sources
 from qorpo.data.pack import PairLengths
 from qorpo.data.records import PreferencePair
 from qorpo.data.token_table import largest_token_id, longest_pair
-from qorpo.data.tokenize import ChatFormat, Tokenized, TokenizedPair, tokenize_pairs
+from qorpo.data.tokenize import ChatFormat, Tokenized, TokenizedPair
 from qorpo.engine.distributed import as_on_main, make_accelerator, ranks_of, reshard, runs_on
 from qorpo.engine.optim import make_optimizer, make_schedule
 from qorpo.engine.step import run_step
@@ -32,7 +33,7 @@ from qorpo.model.scoring import PairScorer
 from qorpo.model.selfcheck import resolve_mode
 from qorpo.out_of_memory import advised
 from qorpo.planning.auto import cap_card, resolve_memory
-from qorpo.recipe import DataRecipe, Recipe, resolve
+from qorpo.recipe import Recipe, resolve
 from qorpo.training.checkpoint import (
     Checkpoints,
     TrainState,
@@ -57,7 +58,7 @@ class Trainer:
             it is a PEFT model already.
         tokenizer: its tokenizer; the recipe's chat template is set on it.
         recipe: what to do; every `auto` is resolved for the model's device.
-        train_pairs: what to learn from, such as `load_pairs` or `tokenize_pairs` gives.
+        train_pairs: what to learn from: what `load_pairs` or `tokenize_pairs` gives, or all that `load_pairs` takes.
         eval_pairs: held-out pairs, or None.
         progress: told how it goes; silent by default.
 
@@ -70,8 +71,8 @@ class Trainer:
         model: PreTrainedModel | PeftModel,
         tokenizer: PreTrainedTokenizerBase,
         recipe: Recipe,
-        train_pairs: Sequence[PreferencePair] | Tokenized,
-        eval_pairs: Sequence[PreferencePair] | Tokenized | None = None,
+        train_pairs: Sequence[PreferencePair] | Tokenized | Sources,
+        eval_pairs: Sequence[PreferencePair] | Tokenized | Sources | None = None,
         *,
         progress: Progress | None = None,
     ):
@@ -82,8 +83,8 @@ class Trainer:
         self.progress = progress or Progress()
 
         self.chat = ChatFormat(tokenizer, read_chat_template(recipe.model.chat_template))
-        self.train_pairs = _tokenized(train_pairs, self.chat, recipe.data)
-        self.eval_pairs = [] if eval_pairs is None else list(_tokenized(eval_pairs, self.chat, recipe.data))
+        self.train_pairs = tokenized(train_pairs, self.chat, recipe.data)
+        self.eval_pairs = [] if eval_pairs is None else list(tokenized(eval_pairs, self.chat, recipe.data))
         for pairs in (self.train_pairs, self.eval_pairs):
             _check_vocabulary(model, tokenizer, pairs)
 
@@ -400,14 +401,6 @@ def _diverged(step: int, figures: str) -> RunError:
 def _mixed(seed: int, number: int) -> int:
     """A seed of its own for each number, far apart from the neighbours'."""
     return (seed * 0x9E3779B97F4A7C15 + number * 0xBF58476D1CE4E5B9) % 2**63
-
-
-def _tokenized(
-    pairs: Sequence[PreferencePair] | Tokenized, chat: ChatFormat, recipe: DataRecipe
-) -> Sequence[TokenizedPair]:
-    return (
-        pairs.pairs if isinstance(pairs, Tokenized) else tokenize_pairs(pairs, chat, limits_of(recipe)).pairs
-    )
 
 
 def _check_vocabulary(model: Any, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[TokenizedPair]) -> None:

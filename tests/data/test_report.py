@@ -70,10 +70,16 @@ def test_html_and_png(command, recipe, tmp_path):
     ("output", "said"),
     [
         ("data.txt", "unknown extension '.txt'; expected .html or .png"),
-        ("no/such/folder.html", "can't be written"),
+        ("no/such/folder.html", "can't be written (No such file or directory); give another --output"),
+        ("no/such/folder.png", "can't be written (No such file or directory); give another --output"),
+        ("taken.html", "is a folder; give the name of a file"),
     ],
 )
-def test_a_file_that_cannot_be_written_is_named(command, recipe, tmp_path, output, said):
+def test_a_file_that_cannot_be_written_is_named_before_all_else(
+    command, recipe, tmp_path, output, said, monkeypatch
+):
+    monkeypatch.setattr("qorpo.build.load_data", None)
+    (tmp_path / "taken.html").mkdir()
     code, out, err = command("data", recipe, "--output", tmp_path / output)
     assert code == 2
     assert said in err

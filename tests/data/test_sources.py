@@ -3,6 +3,10 @@
 import gzip
 import hashlib
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -475,6 +479,43 @@ def test_a_set_of_ties_is_no_data(tmp_path):
     ]
     with pytest.raises(DataError, match=r"0 usable pairs in .*: read 5, dropped 5 tie"):
         load_pairs(write(tmp_path / "a.jsonl", lines(*records)))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"columns": "prompt"},
+        {"columns": ["prompt"]},
+        {"columns": {"promt": "query"}},
+        {"ranked_pairs": "worst"},
+        {"shape": "triples"},
+    ],
+)
+def test_settings_of_another_kind_are_refused(settings):
+    with pytest.raises(
+        DataError, match=rf"data\.{next(iter(settings))}: .*; expected|data.columns: unknown promt"
+    ):
+        load_pairs([record()], **settings)
+    if "columns" in settings:
+        with pytest.raises(DataError, match=r"data\.columns"):
+            load_pairs(locate.Source("demo", **settings))
+
+
+@pytest.mark.slow
+def test_a_hub_that_does_not_answer_is_asked_once(tmp_path):
+    script = "from qorpo.data.sources import load_pairs; load_pairs('nobody/nothing')"
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "0",
+        "HF_ENDPOINT": "http://127.0.0.1:9",  # a port that refuses
+        "HF_HOME": str(tmp_path),
+    }
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    # Retries alone would take 23 seconds; on a busy machine the imports may take 10.
+    assert time.monotonic() - started < 20
+    assert "DataError: nobody/nothing: can't be read as a dataset" in done.stderr
+    assert "the hub can't be reached: " in done.stderr
+    assert "Retrying" not in done.stderr
 
 
 def test_settings_of_the_layout_are_checked(tmp_path):
