@@ -66,7 +66,10 @@ CASES = (
     Case("train", ("train", "../lora.yaml")),
     Case("resume", ("train", "../lora.yaml", "--resume"), "stopped"),
     Case("train again", ("train", "../lora.yaml", "--resume"), "run"),
-    Case("full train", ("train", "../full.yaml")),
+    Case(
+        "trackers", ("train", "../lora.yaml", "train.report_to=[tensorboard]", "train.max_steps=1"), "tokens"
+    ),
+    Case("full train", ("train", "../full.yaml", "train.max_steps=1"), "tokens"),
     Case("full resume", ("train", "../full.yaml", "--resume"), "full stopped"),
     Case("merge", ("merge", "run", "--output", "merged"), "run"),
     Case("verify", ("merge", "run", "--output", "merged", "--verify-only"), "merged"),
@@ -76,7 +79,10 @@ CASES = (
 
 
 def make_templates(lab: Lab) -> None:
-    """Finished runs, runs stopped after their first checkpoint, and a merged model."""
+    """Tokens alone, finished runs, runs stopped after their first checkpoint, and a merged model."""
+    lab.start()
+    _check(lab.run(("data", "../lora.yaml")))
+    lab.keep("tokens")
     for name, recipe in (("run", "lora"), ("full run", "full")):
         argv = ["train", f"../{recipe}.yaml"]
         lab.start()
