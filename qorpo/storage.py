@@ -31,11 +31,15 @@ LOCK = ".lock"
 
 
 def write_text(path: Path, text: str) -> None:
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
     """Write a file whole or not at all; it is on disk when this returns."""
     unfinished = unfinished_of(path)
     try:
-        with unfinished.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with unfinished.open("wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(path)
@@ -221,8 +225,12 @@ def failed_write(error: BaseException) -> FailedWrite | None:
         remedy = "make room"
     elif cause.errno == errno.EIO:
         remedy = "have the disk checked"
-    else:
+    elif cause.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         remedy = "make it writable"
+    elif cause.errno in (errno.ENOENT, errno.ENOTDIR):
+        remedy = "make its folder"
+    else:
+        remedy = "see to that"
     return FailedWrite(cause.strerror or str(cause), remedy)
 
 

@@ -7,6 +7,7 @@ layout, limits, tokenizer, template, versions) is its name in the cache: anythin
 import contextlib
 import hashlib
 import importlib.metadata
+import io
 import json
 import logging
 import os
@@ -27,7 +28,7 @@ from qorpo.data.token_table import SIDES, TokenizedPairs, read_table
 from qorpo.data.tokenize import ChatFormat, Limits, Tokenized, TokenizedPair, tokenize_batch, tokens_report
 from qorpo.errors import DamageError, DataError
 from qorpo.manifest import MANIFEST, check_folder, write_manifest
-from qorpo.storage import sweep, whole_folder, write_json
+from qorpo.storage import failed_write, sweep, whole_folder, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -98,9 +99,11 @@ def prepare_pairs(
             _make(folder, work, chat_format, num_processes)
         return _read(folder)
     except OSError as error:
+        if (failed := failed_write(error)) is None:
+            raise
         raise DataError(
-            f"{cache}: can't keep the tokens there ({error.strerror or error}); make room, "
-            "or set HF_DATASETS_CACHE to another folder"
+            f"{cache}: can't keep the tokens there ({failed.reason}); {failed.remedy}, or set HF_DATASETS_CACHE to "
+            "another folder"
         ) from error
 
 
@@ -172,7 +175,9 @@ def _build(folder: Path, work: _Work, chat_format: ChatFormat, num_processes: in
         for row in np.flatnonzero(mine & unusable).tolist():
             report.drop(table["reason"][row].as_py(), table["source"][row].as_py())
         rows = np.flatnonzero(mine & ~unusable)
-        np.save(folder / f"{name}.npy", rows)
+        content = io.BytesIO()
+        np.save(content, rows)  # into a file it passes over a failed write in silence
+        (folder / f"{name}.npy").write_bytes(content.getvalue())
         pairs = TokenizedPairs(table, rows)
         reports[name] = tokens_report(report, pairs.lengths().tolist(), pairs.cuts().tolist()).as_dict()
 

@@ -16,7 +16,7 @@ from qorpo.data.prepare import PreparedData
 from qorpo.data.records import DataReport
 from qorpo.errors import DataError
 from qorpo.printable import printable
-from qorpo.storage import unfinished_of, write_text
+from qorpo.storage import FailedWrite, failed_write, unfinished_of, write_bytes, write_text
 
 COLOURS = {"prompt": "cyan", "chosen": "green", "rejected": "red"}
 BAR_WIDTH = 18
@@ -110,20 +110,20 @@ def save(path: Path, data: PreparedData, shown: Sequence[ShownPair] = ()) -> Non
     check_output(path)
     try:
         if path.suffix == ".png":
-            unfinished = unfinished_of(path)
-            _figure(data).savefig(unfinished, format="png")
-            unfinished.replace(path)
+            picture = io.BytesIO()
+            _figure(data).savefig(picture, format="png")
+            write_bytes(path, picture.getvalue())
         else:
             console = Console(record=True, file=io.StringIO(), width=120)
             console.print(draw(data, shown))
             write_text(path, console.export_html(inline_styles=True))
     except OSError as error:
-        unfinished_of(path).unlink(missing_ok=True)
         raise _unwritable(path, error) from error
 
 
 def _unwritable(path: Path, error: OSError) -> DataError:
-    return DataError(f"{path}: can't be written ({error.strerror or error}); give another --output")
+    failed = failed_write(error) or FailedWrite(str(error), "see to that")
+    return DataError(f"{path}: can't be written ({failed.reason}); {failed.remedy}, or give another --output")
 
 
 def _counts(report: DataReport) -> Iterator[RenderableType]:

@@ -70,8 +70,14 @@ def test_html_and_png(command, recipe, tmp_path):
     ("output", "said"),
     [
         ("data.txt", "unknown extension '.txt'; expected .html or .png"),
-        ("no/such/folder.html", "can't be written (No such file or directory); give another --output"),
-        ("no/such/folder.png", "can't be written (No such file or directory); give another --output"),
+        (
+            "no/such/folder.html",
+            "can't be written (No such file or directory); make its folder, or give another --output",
+        ),
+        (
+            "no/such/folder.png",
+            "can't be written (No such file or directory); make its folder, or give another --output",
+        ),
         ("taken.html", "is a folder; give the name of a file"),
     ],
 )
