@@ -13,8 +13,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qorpo.data.conversations import RankedPairs
 from qorpo.data.locate import Source
-from qorpo.data.shapes import SHAPES, RankedPairs
+from qorpo.data.shapes import SHAPES
 from qorpo.data.tokenize import Limits
 from qorpo.errors import RecipeError
 from qorpo.recipe import FIELDS, OBJECTIVES, MemoryRecipe, Recipe, SourceRecipe, load_recipe, resolve, values

@@ -41,6 +41,8 @@ def read_records(path: str | os.PathLike[str]) -> Iterator[Found]:
     kind, compression = file_kind(path)
     if kind is None:
         raise DataError(f"{path}: unknown extension {path.suffix!r}; expected {EXPECTED_FILE}")
+    import pyarrow
+
     name = printable(path.name)
     try:
         if kind in COLUMNAR:
@@ -53,7 +55,9 @@ def read_records(path: str | os.PathLike[str]) -> Iterator[Found]:
         raise DataError(f"{path}: the gzip stream is broken ({error}); {_AGAIN}") from error
     except DataError:
         raise
-    except Exception as error:  # of a file that is damaged, Arrow's readers raise every kind there is
+    except Exception as error:
+        if kind in TEXT and not isinstance(error, OSError | pyarrow.ArrowException):
+            raise  # a fault of ours; of a damaged table, Arrow's readers raise every kind there is
         # Arrow's errors of input are OSErrors without a number.
         what = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise DataError(f"{path}: can't be read ({what[:200]}); {_AGAIN}") from error

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
+from qorpo.data.conversations import Layout, RankedPairs, shown
 from qorpo.data.files import EXPECTED_FILE, Found, file_kind, read_records
-from qorpo.data.shapes import FIELDS, SHAPES, Layout, RankedPairs, shown
+from qorpo.data.shapes import FIELDS, SHAPES
 from qorpo.errors import DataError
 from qorpo.printable import printable
 

@@ -9,29 +9,22 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from qorpo.data.records import ROLES, BadRecord, Conversation, Message, Unusable
-
-RankedPairs = Literal["best-worst", "adjacent", "all"]
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """How records are laid out, where that is not to be told from their columns.
-
-    `shape` is a name in SHAPES; `columns` maps names of FIELDS to the records' own; `roles` maps the records' role
-    names to ROLES. `ranked_pairs` says which of several ranked answers make pairs: the best and the worst, each and
-    the next (adjacent), or all.
-    """
-
-    shape: str | None = None
-    columns: Mapping[str, str] = field(default_factory=dict)
-    roles: Mapping[str, str] = field(default_factory=dict)
-    role_key: str | None = None
-    text_key: str | None = None
-    ranked_pairs: RankedPairs = "best-worst"
+from qorpo.data.conversations import (
+    ANSWER_KEYS,
+    Layout,
+    answer_of,
+    history_of,
+    is_null,
+    message,
+    messages_of,
+    shown,
+    start_of,
+    transcript_of,
+    turn_key,
+)
+from qorpo.data.records import BadRecord, Conversation, Unusable
 
 
 class Comparison(NamedTuple):
@@ -93,7 +86,7 @@ def read_comparisons(record: object, layout: Layout | None = None) -> list[Compa
 
 
 def _fields(record: Mapping[str, Any], layout: Layout) -> Fields:
-    columns = {name: value for name, value in record.items() if not _is_null(value)}
+    columns = {name: value for name, value in record.items() if not is_null(value)}
     fields: Fields = {}
     for name, aliases in ALIASES.items():
         given = layout.columns.get(name)
@@ -124,8 +117,8 @@ def _chosen_rejected(fields: Fields, layout: Layout) -> list[Comparison]:
     def conversation(side: str) -> Conversation:
         value = fields[side]
         if prompt is None:
-            return _transcript(side, value) if isinstance(value, str) else _messages(side, value, layout)
-        turns = _answer(side, value, layout)
+            return transcript_of(side, value) if isinstance(value, str) else messages_of(side, value, layout)
+        turns = answer_of(side, value, layout)
         if len(turns) == 1:
             return prompt + turns
         if not _holds(turns, prompt):
@@ -143,7 +136,7 @@ def _two_outputs(fields: Fields, layout: Layout) -> list[Comparison]:
     A list of preferences, or PandaLM's columns annotator1, annotator2, …, are several annotators' votes.
     """
     prompt = _prompt(fields, layout)
-    first, second = (prompt + _answer(name, fields[name], layout) for name in ("output_1", "output_2"))
+    first, second = (prompt + answer_of(name, fields[name], layout) for name in ("output_1", "output_2"))
     value = fields["preference"]
     verdicts = [_verdict(vote) for vote in (value if isinstance(value, list) else [value])]
     votes = [verdict for verdict in verdicts if verdict is not None]
@@ -176,7 +169,7 @@ def _ranking(
     if len(responses) < 2:
         raise Unusable("one_answer")
     prompt = _prompt(fields, layout)
-    answers = [prompt + _answer(f"responses[{n}]", text, layout) for n, text in enumerate(responses)]
+    answers = [prompt + answer_of(f"responses[{n}]", text, layout) for n, text in enumerate(responses)]
     last = len(answers) - 1
     places = {
         "best-worst": [(0, last)],
@@ -238,55 +231,25 @@ def _prompt(fields: Fields, layout: Layout) -> Conversation:
     """The prompt's turns, after the system's and the history's where they have columns of their own."""
     value = fields["prompt"]
     if not isinstance(value, str):
-        turns = _messages("prompt", value, layout)
+        turns = messages_of("prompt", value, layout)
     elif re.match(r"\s*Human:", value) and value.rstrip().endswith("\n\nAssistant:"):
-        turns = _transcript("prompt", value)[:-1]
+        turns = transcript_of("prompt", value)[:-1]
     else:
         extra = fields.get("input", "")
         if not isinstance(extra, str):
             raise BadRecord("wrong_type", f"'input' is {shown(extra)}; expected text")
         # As LLaMA-Factory joins them.
-        turns = (_message("user", f"{value}\n{extra}" if extra.strip() else value),)
-    turns = _history(fields.get("history", []), layout) + turns
+        turns = (message("user", f"{value}\n{extra}" if extra.strip() else value),)
+    turns = history_of(fields.get("history", []), layout) + turns
     system = fields.get("system", "")
     if not isinstance(system, str):
         raise BadRecord("wrong_type", f"'system' is {shown(system)}; expected text")
     if system.strip() and turns[:1] and turns[0]["role"] != "system":
-        turns = (_message("system", system), *turns)
+        turns = (message("system", system), *turns)
     return turns
 
 
-def _history(value: object, layout: Layout) -> Conversation:
-    """Earlier turns: messages, or lists of question and answer."""
-    if isinstance(value, list) and value and all(_is_exchange(item) for item in value):
-        return tuple(
-            _message(role, text)
-            for exchange in value
-            for role, text in zip(("user", "assistant"), exchange, strict=True)
-        )
-    return () if value == [] else _messages("history", value, layout)
-
-
-def _is_exchange(item: object) -> bool:
-    return isinstance(item, list) and len(item) == 2 and all(isinstance(text, str) for text in item)
-
-
-_ANSWER_KEYS = ("response", "text", "content", "value", "output", "answer", "completion")
 _SCORE_KEYS = ("overall_score", "score", "rating", "reward")
-
-
-def _answer(name: str, value: object, layout: Layout) -> Conversation:
-    """An answer: text, a message, messages, or an object that holds its text under a usual name."""
-    if isinstance(value, str):
-        return (_message("assistant", value),)
-    if isinstance(value, dict):
-        keys = _message_keys(value, layout)
-        if keys is None:
-            texts = [value[key] for key in _ANSWER_KEYS if isinstance(value.get(key), str)]
-            if texts:
-                return (_message("assistant", texts[0]),)
-        value = [value]
-    return _messages(name, value, layout)
 
 
 def _own_score(response: object) -> float | None:
@@ -302,7 +265,7 @@ def _own_score(response: object) -> float | None:
 
 def _verdict(value: object) -> float | None:
     """1 or 2 as 1 or −1, between them what lies between; 0 and 1.5 as 0. None where there is no verdict."""
-    if _is_null(value) or value == "":
+    if is_null(value) or value == "":
         return None
     number = _number(value)
     if number is None or not (number == 0 or 1 <= number <= 2):
@@ -324,110 +287,19 @@ def _number(value: object) -> float | None:
     return number if math.isfinite(number) else None
 
 
-_ROLE_NAMES = {role: role for role in ROLES} | {
-    "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
-    "function_call": "assistant", "observation": "tool", "function": "tool",
-}  # fmt: skip
-
-
-def _messages(column: str, value: object, layout: Layout) -> Conversation:
-    if not isinstance(value, list) or not value:
-        raise BadRecord("wrong_type", f"{column!r} is {shown(value)}; expected text or a list of messages")
-    turns = []
-    for index, item in enumerate(value):
-        keys = _message_keys(item, layout)
-        if keys is None:
-            raise BadRecord(
-                "wrong_type",
-                f"{column}[{index}] is {shown(item)}; expected an object with the texts 'role' and 'content', "
-                "or 'from' and 'value'",
-            )
-        name, text = (item[key] for key in keys)
-        role = layout.roles.get(name) or _ROLE_NAMES.get(name.lower())
-        if role is None:
-            found = f"{column}[{index}] has role {shown(name)}"
-            raise BadRecord("unknown_role", f"{found}; expected {', '.join(_ROLE_NAMES)}")
-        turns.append(_message(role, _joined(text, f"{column}[{index}]")))
-    return tuple(turns)
-
-
-def _message_keys(item: object, layout: Layout) -> tuple[str, str] | None:
-    """Under which keys a message holds its role and its text; None where it is no message."""
-    if not isinstance(item, dict):
-        return None
-    given = (layout.role_key, layout.text_key)
-    for role, text in ((given[0] or "role", given[1] or "content"), ("role", "content"), ("from", "value")):
-        if isinstance(item.get(role), str) and isinstance(item.get(text), str | list):
-            return role, text
-    return None
-
-
-def _joined(content: str | list[Any], where: str) -> str:
-    """A message's text, also where it comes as a list of parts."""
-    if isinstance(content, str):
-        return content
-    texts = []
-    for part in content:
-        if not (isinstance(part, dict) and isinstance(part.get("text"), str)):
-            kind = part.get("type") if isinstance(part, dict) else None
-            raise BadRecord(
-                "not_text",
-                f"{where} has a part of type {_start(kind)}" if kind else f"{where} has a part {shown(part)}",
-                "leave the record out: qorpo trains on text",
-            )
-        texts.append(part["text"])
-    return "".join(texts)
-
-
-def _message(role: str, content: str) -> Message:
-    try:
-        content.encode()
-    except UnicodeEncodeError as error:
-        # JSON can spell half of a surrogate pair ("\ud83d"); no tokenizer takes it.
-        half = f"U+{ord(content[error.start]):04X}"
-        raise BadRecord("not_utf8", f"the text holds {half}, half of a surrogate pair", "remove it") from None
-    return {"role": role, "content": content}
-
-
-_LABEL = re.compile(r"\n\n(Human|Assistant):")
-_LABEL_ROLES = {"Human": "user", "Assistant": "assistant"}
-
-
-def _transcript(column: str, text: str) -> Conversation:
-    """The turns of "\\n\\nHuman: …\\n\\nAssistant: …", as Anthropic's HH-RLHF writes them, each stripped."""
-    before, *parts = _LABEL.split("\n\n" + text.lstrip("\n"))
-    if before.strip() or not parts:
-        raise BadRecord(
-            "missing_column",
-            f"no column 'prompt', and {column!r} is no HH-RLHF transcript but {shown(text)}",
-            "add the prompts, or name their column in data.columns",
-        )
-    turns = zip(parts[::2], parts[1::2], strict=True)
-    return tuple(_message(_LABEL_ROLES[label], content.strip()) for label, content in turns)
-
-
-def turn_key(message: Message) -> tuple[str, str]:
-    """What makes two turns the same: role and text, whatever whitespace surrounds it."""
-    return message["role"], message["content"].strip()
-
-
 def _holds(turns: Conversation, part: Conversation) -> bool:
     keys, wanted = [turn_key(turn) for turn in turns], [turn_key(turn) for turn in part]
     return any(keys[start : start + len(wanted)] == wanted for start in range(len(keys)))
-
-
-def _is_null(value: object) -> bool:
-    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 # --- what no shape can read ---
 
 
 def _unreadable(record: dict[Any, Any], fields: Fields, shapes: Sequence[Shape]) -> BadRecord:
-    columns = [_start(name) + (" (null)" if _is_null(value) else "") for name, value in record.items()]
+    columns = [start_of(name) + (" (null)" if is_null(value) else "") for name, value in record.items()]
     found = ", ".join(columns[:COLUMNS_SHOWN] + ["…"] * (len(columns) > COLUMNS_SHOWN))
     has_answer = any(
-        isinstance(record.get(name), str | list) for name in ("completion", "messages", *_ANSWER_KEYS)
+        isinstance(record.get(name), str | list) for name in ("completion", "messages", *ANSWER_KEYS)
     )
     if {"label", "kto_tag"} & record.keys() and (has_answer or "prompt" in fields):
         return BadRecord(
@@ -453,28 +325,3 @@ def _unreadable(record: dict[Any, Any], fields: Fields, shapes: Sequence[Shape])
 
 def _expected(shapes: Sequence[Shape] = SHAPES) -> str:
     return "; or ".join(shape.description for shape in shapes)
-
-
-_KINDS = {
-    bool: "a boolean",
-    int: "a number",
-    float: "a number",
-    str: "text",
-    list: "a list",
-    dict: "an object",
-}
-
-
-def shown(value: object) -> str:
-    """The value's kind and its beginning, for a message."""
-    if value is None:
-        return "null"
-    return f"{_KINDS.get(type(value), type(value).__name__)} ({_start(value)})"
-
-
-def _start(value: object) -> str:
-    try:
-        text = repr(value[:60] if isinstance(value, str) else value)
-    except (RecursionError, ValueError):  # nested deeply, or a number of more digits than Python writes
-        return "..."
-    return text if len(text) <= 60 else text[:57] + "..."

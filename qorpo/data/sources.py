@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from qorpo.data.conversations import Layout, RankedPairs
 from qorpo.data.filters import Repeats, digest, judge, notes, prompt_key
 from qorpo.data.locate import RecordFile, Sources, open_sources
 from qorpo.data.records import BadRecord, DataReport, PairSet, PreferencePair, Unusable
-from qorpo.data.shapes import Comparison, Layout, RankedPairs, majority, read_comparisons
+from qorpo.data.shapes import Comparison, majority, read_comparisons
 from qorpo.errors import DataError
 
 PROBLEMS_SHOWN = 5
