@@ -1,15 +1,17 @@
-"""From a recipe to data: pairs become tokens whichever way they come."""
+"""What a recipe's keys become: pairs that are tokens whichever way they come, and the objective."""
 
+import dataclasses
 from pathlib import Path
 
 import datasets
 import pytest
 from helpers.tiny import make_tokenizer, preference_records
 
-from qorpo.build import tokenized
+from qorpo.build import OBJECTIVES, build_objective, tokenized
 from qorpo.data.sources import load_pairs
 from qorpo.data.tokenize import ChatFormat, Limits, tokenize_pairs
 from qorpo.errors import DataError
+from qorpo.recipe import OBJECTIVES as RECIPES
 from qorpo.recipe import load_recipe
 
 
@@ -39,3 +41,32 @@ def test_records_are_read_as_the_recipe_says():
         tokenized(records, chat, keys(columns={"prompt": "ask"}))
     with pytest.raises(DataError, match="no source of pairs"):
         tokenized(7, chat, keys())
+
+
+# --- the objective ---
+
+LEAST = {"model": {"path": "demo"}, "data": {"train": "demo"}, "output": "runs/x"}
+
+
+def test_every_objective_of_the_recipe_is_built_by_its_name_and_no_other():
+    assert RECIPES.keys() == OBJECTIVES.keys()
+    for name, each in OBJECTIVES.items():
+        assert each.name == name
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_recipe_and_objective_have_the_same_keys_and_defaults(name):
+    keys = load_recipe({**LEAST, "objective": {"name": name}}).objective
+    objective = build_objective(keys)
+    assert objective == OBJECTIVES[name]()
+    assert dataclasses.asdict(objective) == keys.model_dump(exclude={"name"})
+
+
+def test_the_objective_is_what_the_recipe_says():
+    recipe = load_recipe(
+        {**LEAST, "objective": {"name": "cpo", "beta": 0.3, "alpha": 0, "nll_tokens": "all"}}
+    )
+    objective = build_objective(recipe.objective)
+    assert (objective.name, objective.beta, objective.alpha) == ("cpo", 0.3, 0.0)
+    assert objective.scores_prompts
+    assert build_objective(load_recipe(LEAST, ["objective.lambda=0.7"]).objective).weight == 0.7

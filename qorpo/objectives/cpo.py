@@ -32,7 +32,7 @@ class Cpo(WithNll, PairObjective):
     """`cpo_loss` + α · nll.
 
     The paper's L_NLL is the mean of −log π(y_w|x) over pairs, not divided by the length. The authors' code and TRL
-    average over all tokens of the micro-batch, the prompt's too: nll_tokens "all" with nll_average "token" here.
+    average over the chosen responses' tokens of the micro-batch, without the prompts': nll_average "token" here.
     """
 
     name: ClassVar[str] = "cpo"

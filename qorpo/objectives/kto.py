@@ -26,7 +26,8 @@ def kto_loss(
         desirable: (P,) bool.
         kl: z₀, the step's estimate of the KL divergence from the reference, at least 0; no gradient flows through it.
     """
-    above_P = beta * (log_ratios.double() - torch.as_tensor(kl, device=log_ratios.device).detach())
+    kl = kl.detach() if isinstance(kl, torch.Tensor) else kl
+    above_P = beta * (log_ratios.double() - kl)
     # 1 − σ(x) = σ(−x), which keeps its digits.
     return torch.where(
         desirable, desirable_weight * (-above_P).sigmoid(), undesirable_weight * above_P.sigmoid()
