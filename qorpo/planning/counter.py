@@ -13,6 +13,7 @@ from qorpo.model.checkpointing import decoder_layers
 from qorpo.model.scoring import Mode
 from qorpo.model.selfcheck import varlen_has_all
 from qorpo.planning.fake_model import make_fake_model, shortened
+from qorpo.planning.foreign import foreign_code
 from qorpo.planning.live_bytes import Peak
 from qorpo.planning.step_memory import HEAD, StepMemory, StepShape, step_memory
 from qorpo.recipe import Recipe
@@ -57,15 +58,15 @@ class StepCounter:
         self.ranks = ranks
         self.config, self.recipe, self.longest = config, recipe, longest
         self.on_cuda, self.dtype = on_cuda, dtype
-        self.modes = modes or likely_modes(config, recipe.model.attention, on_cuda=on_cuda)
+        with foreign_code():  # a config may compute what it is asked for
+            self.modes = modes or likely_modes(config, recipe.model.attention, on_cuda=on_cuda)
+            layers_told = getattr(config.get_text_config(), "num_hidden_layers", None)
         model, _ = make_fake_model(config, recipe)
         layers = decoder_layers(model)
         shapes = [[parameter.shape for parameter in layer.parameters()] for layer in layers]
         self.num_layers = len(layers)
         # Else layers of the model are not what its config counts, or not worth the same.
-        self.can_shorten = len(layers) == getattr(
-            config.get_text_config(), "num_hidden_layers", None
-        ) and all(shape == shapes[0] for shape in shapes)
+        self.can_shorten = len(layers) == layers_told and all(shape == shapes[0] for shape in shapes)
         self.num_trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
         self._counted: dict[tuple[Any, ...], StepMemory] = {}
 

@@ -29,11 +29,13 @@ WEIGHTS_PER_ABSMAX, ABSMAXES_PER_SCALE = 64, 256
 def shortened(config: PretrainedConfig, num_layers: int) -> PretrainedConfig:
     """The same model with its first `num_layers` layers."""
     config = copy.deepcopy(config)
-    text = config.get_text_config()
-    kinds = getattr(text, "layer_types", None)
-    text.num_hidden_layers = num_layers
-    if kinds is not None:
-        text.layer_types = kinds[:num_layers]
+    with foreign_code():
+        text = config.get_text_config()
+        kinds = getattr(text, "layer_types", None)
+        text.num_hidden_layers = num_layers
+        # Some configs work them out by themselves, and can't be told.
+        if kinds is not None and text.layer_types != kinds[:num_layers]:
+            text.layer_types = kinds[:num_layers]
     return config
 
 
@@ -74,12 +76,12 @@ def make_fake_model(
 
 
 def _make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
-    """Every parameter and buffer off the meta device; tied ones stay one."""
+    """Every parameter and buffer a fake one, also where a model put it elsewhere than on meta; tied ones stay one."""
     made: dict[int, torch.Tensor] = {}
 
     def fake(tensor: torch.Tensor) -> torch.Tensor:
         if id(tensor) not in made:
-            shell = FakeTensor(mode, tensor.detach(), torch.device("cpu"))
+            shell = FakeTensor(mode, tensor.detach().to("meta"), torch.device("cpu"))
             made[id(tensor)] = (
                 nn.Parameter(shell, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else shell
             )

@@ -1,11 +1,13 @@
 """Estimates from a few layers against counts of every layer, and what is searched and resolved by them."""
 
 import pytest
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from qorpo.data.pack import PairLengths
 from qorpo.planning import counter as counter_module
 from qorpo.planning.counter import MemorySettings, StepCounter, pair_of
+from qorpo.planning.fake_model import make_fake_model, shortened
 from qorpo.planning.largest import largest_rank_that_fits, largest_that_fits, longest_row_that_fits
 from qorpo.planning.settings import fastest_that_fits, frugal, ladder, reserved_bytes
 from qorpo.planning.step_memory import HEAD
@@ -75,6 +77,18 @@ def test_models_of_unequal_layers_are_counted_whole():
     assert not counter.can_shorten
     settings = MemorySettings(300, 64, 7, False)
     assert counter.peak_bytes(settings) == counter.count(settings).peak.total_bytes
+
+
+def test_layers_are_left_out_where_a_config_works_their_kinds_out_by_itself():
+    config = CONFIG_MAPPING["bamba"](**SEVEN_LAYERS)
+    assert shortened(config, 2).num_hidden_layers == 2
+    assert len(shortened(config, 2).layer_types) == 2
+
+
+def test_a_model_that_makes_weights_elsewhere_than_it_is_told_is_faked_too():
+    config = CONFIG_MAPPING["diffllama"](**SEVEN_LAYERS | {"num_hidden_layers": 1})
+    model, _ = make_fake_model(config, recipe_of())
+    assert all(isinstance(tensor, FakeTensor) for tensor in [*model.parameters(), *model.buffers()])
 
 
 def test_adapters_on_the_last_layer_alone_need_no_gradient_before_it():
