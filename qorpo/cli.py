@@ -14,7 +14,8 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from qorpo.errors import QorpoError
+from qorpo.console import closing
+from qorpo.errors import Interrupted, QorpoError
 from qorpo.out_of_memory import advised
 from qorpo.printable import printable
 
@@ -56,23 +57,23 @@ def train(
     # Imported here: torch and transformers take seconds that --help should not.
     from qorpo.recipe import load_recipe
     from qorpo.training.run import train as run
+    from qorpo.training.run_folder import RunFolder
 
+    settings = load_recipe(recipe, [*(overrides or []), *(FULL if full else [])])
     try:
-        settings = load_recipe(recipe, [*(overrides or []), *(FULL if full else [])])
         # Started again by torchrun after a rank failed.
         was_restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
         resume = resume or (was_restarted and Path(settings.output, "recipe.yaml").expanduser().exists())
         result = run(settings, resume=resume, progress=ConsoleProgress(console))
+    except Interrupted as stopped:
+        say(f"qorpo: {stopped}", err=True)
+        raise typer.Exit(128 + stopped.signal) from None
     except KeyboardInterrupt:  # typer would end without a word
-        say("qorpo: stopped; go on with --resume", err=True)
+        say(f"qorpo: stopped; {RunFolder(settings.output).way_on()}", err=True)
         raise typer.Exit(130) from None
-    if int(os.environ.get("RANK", "0")):
-        return
-    say(f"{'model' if result.trainer.is_full else 'adapter'}: {result.trained}")
-    if result.best_step is not None:
-        say(f"best evaluation loss at step {result.best_step} of {result.steps}")
-    for name, value in sorted(result.metrics.items()):
-        say(f"{name}: {value:.4f}")
+    if not int(os.environ.get("RANK", "0")):
+        for line in closing(result):
+            say(line)
 
 
 @app.command()

@@ -31,3 +31,11 @@ class RunError(QorpoError):
 
 class DamageError(QorpoError):
     """A file that is not what was written: a flipped bit, a part that is missing; or one that belongs to something else."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ended a run between two steps; the message says what is saved and how to go on."""
+
+    def __init__(self, message: str, signal: int):
+        super().__init__(message)
+        self.signal = signal

@@ -64,23 +64,69 @@ def test_no_argument_shows_help_and_a_wrong_one_usage(command):
 # --- results ---
 
 
-def test_train_prints_the_adapters_path_and_its_metrics(command, recipe, tmp_path):
+def test_train_ends_with_before_and_after_side_by_side_and_the_next_commands(command, recipe, tmp_path):
     code, out, _ = command("train", recipe(data__eval=0.25, train__max_steps=4))
     assert code == 0
-    adapter, best, *metrics = out.splitlines()
-    assert adapter == f"adapter: {tmp_path / 'run' / 'adapter'}"
-    assert re.fullmatch(r"best evaluation loss at step [24] of 4", best)
-    printed = dict(line.split(": ") for line in metrics)
-    last = read_metrics(tmp_path / "run")[-1]
-    assert {name: f"{value:.4f}" for name, value in last.items() if name != "step"} == printed
-    assert list(printed) == sorted(printed)
+    run = tmp_path / "run"
+    adapter, kept, head, *rest = out.splitlines()
+    assert adapter == f"adapter: {run / 'adapter'}"
+    assert kept == "kept: step 4 of 4, the best by held-out loss"
+    assert re.split(r"  +", head.strip()) == [
+        "held-out start",
+        "held-out end",
+        "last step",
+    ]  # the best is the end
+    rows = read_metrics(run)
+    first, last = (row for row in rows if row["step"] in (0, 4) and "eval_loss" in row)
+    step = next(row for row in rows if row["step"] == 4 and "loss" in row)
+    loss = next(line for line in rest if line.startswith("loss"))
+    assert loss.split() == [
+        "loss",
+        *(f"{value:#.4g}" for value in (first["eval_loss"], last["eval_loss"], step["loss"])),
+    ]
+    names = [line.split()[0] for line in rest[: rest.index("")]]
+    assert names[:3] == ["loss", "nll", "odds_ratio_loss"]
+    assert set(names) == (step.keys() | {name.removeprefix("eval_") for name in last}) - {"step"}
+    assert rest[rest.index("") :] == [
+        "",
+        "next:",
+        f"  qorpo merge {run} --output {run}-merged   # one model, in the base's weights",
+        f"  qorpo train {run}/recipe.yaml --resume train.max_steps=8   # to train on",
+    ]
+
+
+def test_a_run_that_made_the_model_worse_ends_with_that(command, recipe, monkeypatch, caplog):
+    monkeypatch.setattr("qorpo.Trainer.evaluate", lambda trainer: {"eval_loss": 0.29 + trainer.state.step})
+    code, out, _ = command("train", recipe(data__eval=0.25, train__max_steps=4))
+    assert code == 0
+    assert "kept: the start (step 0), the best by held-out loss" in out
+    *_, last = out.splitlines()
+    assert last == (
+        "held-out loss rose from 0.2900 to 4.2900: this run made the model worse; lower train.learning_rate. "
+        "What is kept is the start (step 0), which was best"
+    )
+    assert last in caplog.text
+    assert "next:" not in out
 
 
 def test_without_evaluation_it_prints_the_last_steps(command, recipe):
     code, out, _ = command("train", recipe(train__max_steps=2))
     assert code == 0
-    assert "best" not in out
-    assert re.search(r"^loss: \d\.\d{4}$", out, re.MULTILINE)
+    assert "kept" not in out
+    assert "held-out" not in out
+    assert re.search(r"^loss +\d\.\d{3}$", out, re.MULTILINE)
+    assert re.search(r"^learning_rate +0.005000$", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(0.29184, "0.2918"), (0.291, "0.2910"), (1.2e-05, "1.2e-05"), (0.0, "0"), (5953.2, "5953"), (71234.5, "7.123e+04"),
+     (-0.5, "-0.5000"), (12.0, "12.00")],
+)  # fmt: skip
+def test_figures_have_significant_digits(value, shown):
+    from qorpo.console import figure
+
+    assert figure(value) == shown
 
 
 def test_overrides_win_over_the_file(command, recipe, tmp_path):
@@ -122,9 +168,10 @@ def test_a_fault_of_qorpos_own_is_not_dressed_up(command, recipe, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="interrupts are sent in another way there")
-def test_an_interrupt_ends_with_130_and_the_way_on(command, recipe, tmp_path):
-    path = recipe(train__max_steps=500, train__log_every=1)
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are sent in another way there")
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_a_checkpoint_and_the_way_on(command, recipe, tmp_path, sent, code):
+    path = recipe(train__max_steps=500, train__log_every=1, train__save_every=400)
     process = subprocess.Popen(
         [*QORPO, "train", str(path)],
         stdout=subprocess.PIPE,
@@ -133,24 +180,36 @@ def test_an_interrupt_ends_with_130_and_the_way_on(command, recipe, tmp_path):
         # A shell that starts tests in the background has its children ignore interrupts.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
-    metrics = tmp_path / "run" / "metrics.jsonl"
+    run = tmp_path / "run"
+    metrics = run / "metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 2):
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
+    assert process.returncode == code, err
     assert out == ""
-    assert err.splitlines()[-1] == "qorpo: stopped; go on with --resume"
+    stopped_at = read_metrics(run)[-1]["step"]
+    assert err.splitlines()[-1] == (
+        f"qorpo: stopped by {sent.name} after step {stopped_at} of 500; {run / 'checkpoints' / f'step-{stopped_at}'} "
+        "holds the run so far; go on with --resume"
+    )
     assert "Traceback" not in err
 
-    stopped_at = read_metrics(tmp_path / "run")[-1]["step"]
-    text = (tmp_path / "run" / "recipe.yaml").read_text()
-    for file in (path, tmp_path / "run" / "recipe.yaml"):  # 500 steps would be too many to wait for
-        file.write_text(text.replace("max_steps: 500", f"max_steps: {stopped_at + 3}"))
-    code, out, err = command("train", path, "--resume")
+    # 500 steps would be too many to wait for.
+    code, out, err = command("train", path, "--resume", f"train.max_steps={stopped_at + 3}")
     assert code == 0, err
-    rows = read_metrics(tmp_path / "run")
-    assert [row["step"] for row in rows] == list(range(1, stopped_at + 4))
+    assert [row["step"] for row in read_metrics(run)] == list(range(1, stopped_at + 4))
+
+
+def test_ctrl_c_before_anything_is_written_does_not_say_resume(command, recipe, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qorpo.training.run.load_model", interrupted)
+    code, out, err = command("train", recipe())
+    assert (code, out) == (130, "")
+    assert err.splitlines()[-1] == "qorpo: stopped; nothing was written yet; start again"
+    assert not (tmp_path / "run").exists()
 
 
 # --- progress ---

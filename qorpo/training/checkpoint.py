@@ -194,8 +194,12 @@ def save_sharded_checkpoint(
     if is_main:
         _save(folder / "schedule.pt", {"schedule": schedule.state_dict()})
         (folder / STATE).write_text(json.dumps(asdict(state)) + "\n", encoding="utf-8")
-    parameters, optimizer_state = get_state_dict(scorer, optimizer)
-    content = {"model": parameters, "optimizer": optimizer_state}
+    content: dict[str, Any]
+    if state.step == 0:  # the optimizer has no state yet, and asking for it would count as a step of it
+        content = {"model": get_model_state_dict(scorer)}
+    else:
+        parameters, optimizer_state = get_state_dict(scorer, optimizer)
+        content = {"model": parameters, "optimizer": optimizer_state}
     if not dist.is_initialized():
         dcp.save(content, checkpoint_id=folder / SHARDS)
         return None
@@ -219,6 +223,10 @@ def load_sharded_checkpoint(
         RunError: where the checkpoint is damaged or belongs to another recipe.
     """
     try:
+        state = TrainState(**json.loads((folder / STATE).read_text(encoding="utf-8")))
+        if state.step == 0:
+            load_parameters(folder, scorer)
+            return state
         parameters, optimizer_state = get_state_dict(scorer, optimizer)
         saved: dict[str, Any] = {"model": parameters, "optimizer": optimizer_state}
         dcp.load(saved, checkpoint_id=folder / SHARDS)
@@ -226,7 +234,7 @@ def load_sharded_checkpoint(
             scorer, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"]
         )
         schedule.load_state_dict(torch.load(folder / "schedule.pt", weights_only=True)["schedule"])
-        return TrainState(**json.loads((folder / STATE).read_text(encoding="utf-8")))
+        return state
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, CheckpointException) as error:
         if is_out_of_memory(error):
             raise

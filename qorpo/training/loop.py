@@ -3,8 +3,9 @@
 import contextlib
 import logging
 import math
+import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ from qorpo.data.records import PreferencePair
 from qorpo.data.token_table import largest_token_id, longest_pair
 from qorpo.data.tokenize import ChatFormat, Tokenized, TokenizedPair
 from qorpo.engine.distributed import as_on_main, make_accelerator, ranks_of, reshard, runs_on
-from qorpo.engine.optim import make_optimizer, make_schedule
+from qorpo.engine.optim import make_optimizer, make_schedule, take_rate
 from qorpo.engine.step import run_step
 from qorpo.engine.within_memory import within_memory
-from qorpo.errors import ModelError, RunError
+from qorpo.errors import Interrupted, ModelError, RunError
 from qorpo.model.adapters import attach_lora
 from qorpo.model.checkpointing import checkpoint_layers
 from qorpo.model.liger import apply_liger, has_liger
@@ -42,9 +43,10 @@ from qorpo.training.checkpoint import (
     save_whole_model,
 )
 from qorpo.training.last_state import ending_with_advice
-from qorpo.training.metrics import StepMetrics
+from qorpo.training.metrics import Metrics, change_for_the_worse
 from qorpo.training.progress import Progress
 from qorpo.training.run_folder import RunFolder
+from qorpo.training.signals import StopSignals
 from qorpo.training.trackers import Trackers
 
 logger = logging.getLogger(__name__)
@@ -143,7 +145,7 @@ class Trainer:
         self.schedule = make_schedule(self.optimizer, recipe.train, self.total_steps)
         self.state = TrainState()
         self.is_whole = True  # the weights are those of `state`: nothing was broken off while it changed them
-        self.metrics = StepMetrics(self.accelerator.device)
+        self.metrics = Metrics(self.folder, self.progress, self.trackers.log, self.accelerator.device)
         self.checkpoints = Checkpoints(
             self.folder, self.model, self.scorer, self.optimizer.optimizer, self.schedule, self.ranks,
             is_full=self.is_full, keep=recipe.train.keep_checkpoints,
@@ -199,55 +201,47 @@ class Trainer:
         """Train to the end, writing metrics and checkpoints into the run folder, and the adapter last.
 
         With evaluation pairs the adapter, in the folder and in memory, is the one with the best evaluation, by the
-        objective's headline (its loss).
+        objective's headline (its loss). The start takes part: where training only made the model worse, it is kept.
 
         Returns:
             The last evaluation's metrics (`eval_…`), else the last step's.
 
         Raises:
+            Interrupted: after SIGTERM or Ctrl-C, with a checkpoint of the last step.
             RunError: where the folder is in the way, a checkpoint doesn't fit, the disk is full, or the loss is
                 no longer finite.
         """
-        settings, folder = self.recipe.train, self.folder
+        folder = self.folder
         if resume:
-            with advised(
-                "nothing of the run was changed; free some memory, or lower memory's keys, and resume again"
-            ):
-                self.state = self.checkpoints.load_latest() or self.state
-            folder.cut_metrics(self.state.step or -1)
+            self._go_on()
         elif folder.metrics.exists() or folder.checkpoints.exists():
             raise RunError(f"output: {folder.path} holds a run; resume it, or give another output")
         folder.wait()  # until all have looked
         with folder.writing():
             folder.path.mkdir(parents=True, exist_ok=True)
-        step_metrics: dict[str, float] = {}
-        eval_metrics: dict[str, float] = {}
         trackers = self.trackers.open(self.recipe.to_dict())
         with trackers, contextlib.closing(self.progress), ending_with_advice(self):
             self.progress.start(self.state.step, self.total_steps)
-            if self.eval_pairs and self.state.step == 0:
-                eval_metrics = self._evaluate_and_log()
-            while self.state.step < self.total_steps:
-                self._step()
-                step = self.state.step
-                self.progress.step(step)
-                is_evaluation = bool(self.eval_pairs) and self._due(settings.eval_every, step)
-                is_save = self._due(settings.save_every, step)
-                if is_evaluation or is_save or step % settings.log_every == 0:
-                    step_metrics = self.flush_metrics()
-                is_best = False
-                if is_evaluation:
-                    eval_metrics = self._evaluate_and_log()
-                    is_best = self._note_best(eval_metrics)
-                if is_save or is_best:
-                    self.checkpoints.write(self.state)
+            with StopSignals() as signals:
+                if self.eval_pairs and self.state.step == 0 and not self.metrics.evaluations:
+                    self._evaluate_and_write()
+                    self.checkpoints.write(self.state)  # the start takes part in what is best
+                while self.state.step < self.total_steps:
+                    self._step()
+                    self.progress.step(self.state.step)
+                    waited = self._write_what_is_due()
+                    if self._is_to_stop(signals.received, waited):
+                        self._stop(signals.received)
             self.checkpoints.finish()
-            if self.state.best_step not in (None, self.total_steps):
+            if warning := self.warning:
+                logger.warning("%s", warning)
+            if self.state.best_step not in (None, self.state.step):
                 with self._changing_weights():
                     self.checkpoints.load_best(self.state)
             with folder.new_folder(folder.model if self.is_full else folder.adapter) as unfinished:
                 self.save(unfinished)
-        return eval_metrics or step_metrics
+        evaluations = self.metrics.evaluations
+        return evaluations[max(evaluations)] if evaluations else self.metrics.last_step
 
     def evaluate(self) -> dict[str, float]:
         """The objective's metrics over the evaluation pairs, each under `eval_` and its name.
@@ -280,7 +274,79 @@ class Trainer:
         if is_main:
             save_tokenizer(Path(folder), self.chat)
 
+    @property
+    def warning(self) -> str | None:
+        """What to say where training left the held-out loss no lower than it was."""
+        return change_for_the_worse(self.metrics.evaluations, self.state.best_step, self.objective.headline)
+
     # --- the parts of the run ---
+
+    def _go_on(self) -> None:
+        """Stand where the last checkpoint does; with more steps than before the run goes on to a new end."""
+        folder, settings = self.folder, self.recipe.train
+        with advised(
+            "nothing of the run was changed; free some memory, or lower memory's keys, and resume again"
+        ):
+            found = self.checkpoints.load_latest()
+        if found is None:
+            self.metrics.read_back(-1)
+            logger.info("no checkpoint was written yet: starting at step 1")
+            return
+        self.state, planned = found, self.schedule.get_last_lr()[0]
+        done, total = self.state.step, self.total_steps
+        key = "epochs" if settings.max_steps is None else "max_steps"
+        if done > total:
+            raise RunError(
+                f"train.{key}: {getattr(settings, key):g} is {total} steps, and {folder.path} has done {done}; give more, "
+                "or another output"
+            )
+        self.metrics.read_back(done)
+        take_rate(self.schedule)
+        rate = self.schedule.get_last_lr()[0]
+        if done == total:
+            logger.info("nothing left to do: all %d steps are done; to go on, raise train.%s", total, key)
+        elif rate != planned:
+            logger.info(
+                "%d steps now, %s: the learning rate of step %d was to be %.3g and is %.3g",
+                total, settings.schedule, done + 1, planned, rate,
+            )  # fmt: skip
+            if folder.recipe.exists():
+                folder.write_recipe(self.recipe.to_yaml())
+
+    def _write_what_is_due(self) -> bool:
+        """Log, evaluate and save where this step is one to do so after; returns whether it waited for the device."""
+        settings, step = self.recipe.train, self.state.step
+        is_evaluation = bool(self.eval_pairs) and self._due(settings.eval_every, step)
+        is_save = self._due(settings.save_every, step)
+        is_flush = is_evaluation or is_save or step % settings.log_every == 0
+        if is_flush:
+            self.flush_metrics()
+            self.checkpoints.finish(wait=False)
+        is_best = is_evaluation and self._evaluate_and_write()
+        if is_save or is_best:
+            self.checkpoints.write(self.state)
+        return is_flush
+
+    def _is_to_stop(self, received: signal.Signals | None, waited: bool) -> bool:
+        """Whether a signal came, to any rank; several agree only where they wait for the device anyway."""
+        if self.state.step == self.total_steps:
+            return False  # what is left is to save the result
+        if self.ranks.count == 1:
+            return received is not None
+        return waited and not self.ranks.all_are(received is None)
+
+    def _stop(self, received: signal.Signals | None) -> None:
+        """Raises Interrupted, with a checkpoint of this step behind it."""
+        received = received or signal.SIGTERM  # another rank's
+        self.flush_metrics()
+        self.checkpoints.finish()
+        step, folder = self.state.step, self.folder
+        if step not in folder.checkpoint_steps():
+            self.checkpoints.write(self.state)
+            self.checkpoints.finish()
+        raise Interrupted(
+            f"stopped by {received.name} after step {step} of {self.total_steps}; {folder.way_on()}", received
+        )
 
     @property
     def _unwrapped(self) -> Any:
@@ -341,7 +407,7 @@ class Trainer:
             self.state.step += 1
         self.optimizer.zero_grad()
         figures = {**means, "learning_rate": learning_rate}
-        self.metrics.add(pairs, figures, time.perf_counter() - started)
+        self.metrics.add_step(pairs, figures, time.perf_counter() - started)
 
     @contextlib.contextmanager
     def _changing_weights(self) -> Iterator[None]:
@@ -350,52 +416,19 @@ class Trainer:
         yield
         self.is_whole = True
 
-    def flush_metrics(self) -> dict[str, float]:
-        """Write the steps since the last flush, a line each; returns the last one's figures."""
-        if not self.metrics:
-            return {}
-        found = self.metrics.read()
-        first = self.state.step - len(found) + 1
-        rows: list[dict[str, Any]] = [
-            {"step": step, "epoch": step / self.steps_per_epoch, **figures}
-            for step, figures in enumerate(found, start=first)
-        ]
-        self.folder.append_metrics(rows)
-        self.metrics.clear()
-        for row in rows:
-            self.trackers.log({name: value for name, value in row.items() if name != "step"}, row["step"])
-        for row in rows:
-            if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
-                raise _diverged(row["step"], f"loss {row['loss']}, gradient norm {row['grad_norm']}")
-        self.checkpoints.finish(wait=False)
-        self.progress.logged(
-            self.state.step, {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
-        )
-        return {name: value for name, value in rows[-1].items() if name != "step"}
+    def flush_metrics(self) -> None:
+        """Write the steps since the last flush, a line each."""
+        self.metrics.write_steps(self.state.step, self.steps_per_epoch)
 
-    def _evaluate_and_log(self) -> dict[str, float]:
-        metrics = self.evaluate()
-        self.folder.append_metrics([{"step": self.state.step, **metrics}])
-        self.trackers.log(metrics, self.state.step)
-        self.progress.evaluated(self.state.step, metrics)
-        if not math.isfinite(metrics["eval_loss"]):
-            raise _diverged(self.state.step, f"evaluation loss {metrics['eval_loss']}")
-        return metrics
-
-    def _note_best(self, eval_metrics: Mapping[str, float]) -> bool:
-        headline = self.objective.headline
-        value = eval_metrics[f"eval_{headline.metric}"]
+    def _evaluate_and_write(self) -> bool:
+        """Returns whether this evaluation is the best so far."""
+        step, metrics, headline = self.state.step, self.evaluate(), self.objective.headline
+        self.metrics.write_evaluation(step, metrics)
+        value = metrics[f"eval_{headline.metric}"]
         is_best = headline.is_better(value, self.state.best_headline)
         if is_best:
-            self.state.best_step, self.state.best_headline = self.state.step, value
+            self.state.best_step, self.state.best_headline = step, value
         return is_best
-
-
-def _diverged(step: int, figures: str) -> RunError:
-    return RunError(
-        f"step {step}: {figures}: training has diverged; lower train.learning_rate or raise train.warmup_ratio, "
-        "and start anew"
-    )
 
 
 def _mixed(seed: int, number: int) -> int:

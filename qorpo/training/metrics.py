@@ -1,8 +1,9 @@
-"""What a run measures: each step's figures, and the evaluations."""
+"""What a run measures: each step's figures and the evaluations, written down, told, and read back on resume."""
 
+import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import psutil
@@ -11,38 +12,76 @@ import torch
 from qorpo.data.pack import row_tokens
 from qorpo.data.tokenize import TokenizedPair
 from qorpo.engine.distributed import gathered
+from qorpo.errors import RunError
+from qorpo.objectives.base import Headline
+from qorpo.training.progress import Progress
+from qorpo.training.run_folder import RunFolder
 
 
-class StepMetrics:
-    """Each step's figures, kept on the device until they are read: one wait for it an interval, none a step."""
+class Metrics:
+    """A run's figures, from the device to metrics.jsonl, the trackers and the person.
 
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.clear()
+    A step's stay on the device until they are written: one wait for it an interval, none a step.
 
-    def clear(self) -> None:
+    Args:
+        track: hands metrics of a step to the trackers.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        progress: Progress,
+        track: Callable[[dict[str, float], int], None],
+        device: torch.device,
+    ):
+        self.folder, self.progress, self.track, self.device = folder, progress, track, device
+        self.last_step: dict[str, float] = {}
+        self.evaluations: dict[int, dict[str, float]] = {}  # by step, the start's at 0
+        self._clear()
+
+    def _clear(self) -> None:
         """Forget the steps so far: they are on disk."""
-        self._figures: list[Mapping[str, Any]] = []
+        self._unwritten: list[Mapping[str, Any]] = []
         self._pairs = self._tokens = 0
         self._seconds = 0.0
 
-    def __bool__(self) -> bool:
-        return bool(self._figures)
-
-    def add(self, pairs: Sequence[TokenizedPair], figures: Mapping[str, Any], seconds: float) -> None:
+    def add_step(self, pairs: Sequence[TokenizedPair], figures: Mapping[str, Any], seconds: float) -> None:
         """One more step: its pairs, its figures by name (numbers or tensors of one element), and its time."""
-        self._figures.append(figures)
+        self._unwritten.append(figures)
         self._pairs += len(pairs)
         self._tokens += sum(map(row_tokens, pairs))
         self._seconds += seconds
 
-    def read(self) -> list[dict[str, float]]:
-        """The figures of the steps added since they were cleared, each with the speeds of them all."""
+    def write_steps(self, last: int, steps_per_epoch: int) -> None:
+        """Write the steps added since the last time, a line each, of which `last` is the number of the last.
+
+        Raises:
+            RunError: where one's loss or gradient is no number.
+        """
+        if not self._unwritten:
+            return
+        figures = self._read()
+        rows: list[dict[str, Any]] = [
+            {"step": step, "epoch": step / steps_per_epoch, **row}
+            for step, row in enumerate(figures, start=last - len(figures) + 1)
+        ]
+        self.folder.append_metrics(rows)
+        self._clear()
+        for row in rows:
+            self.track(_without_step(row), row["step"])
+        for row in rows:
+            if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
+                raise _diverged(row["step"], f"loss {row['loss']}, gradient norm {row['grad_norm']}")
+        self.last_step = _without_step(rows[-1])
+        self.progress.logged(last, {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]})
+
+    def _read(self) -> list[dict[str, float]]:
+        """The figures of each step, with the speeds of them all."""
         started = time.perf_counter()
-        names = list(self._figures[0])
+        names = list(self._unwritten[0])
         entries = [
             torch.as_tensor(gathered(figures[name]), dtype=torch.float64, device=self.device)
-            for figures in self._figures
+            for figures in self._unwritten
             for name in names
         ]
         values = torch.stack(entries).view(-1, len(names)).tolist()
@@ -53,6 +92,63 @@ class StepMetrics:
             "peak_memory_gib": peak_memory_gib(self.device),
         }
         return [dict(zip(names, row, strict=True)) | speeds for row in values]
+
+    def write_evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        """Raises RunError where its loss is no number."""
+        self.folder.append_metrics([{"step": step, **metrics}])
+        self.track(metrics, step)
+        self.progress.evaluated(step, metrics)
+        if not math.isfinite(metrics["eval_loss"]):
+            raise _diverged(step, f"evaluation loss {metrics['eval_loss']}")
+        self.evaluations[step] = metrics
+
+    def read_back(self, last: int) -> None:
+        """Go on after the step `last`, -1 for nothing: later lines are dropped, those before known again."""
+        self.folder.cut_metrics(last)
+        self.folder.wait()  # until the main rank has
+        for row in self.folder.read_metrics():
+            if "eval_loss" in row:
+                self.evaluations[row["step"]] = _without_step(row)
+            else:
+                self.last_step = _without_step(row)
+
+
+def _without_step(row: dict[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in row.items() if name != "step"}
+
+
+def _diverged(step: int, figures: str) -> RunError:
+    return RunError(
+        f"step {step}: {figures}: training has diverged; lower train.learning_rate or raise train.warmup_ratio, "
+        "and start anew"
+    )
+
+
+def change_for_the_worse(
+    evaluations: Mapping[int, Mapping[str, float]], best_step: int | None, headline: Headline
+) -> str | None:
+    """What to say of a run whose held-out figures end no better than they started; None where they do.
+
+    Args:
+        evaluations: metrics by step, the start's among them at 0.
+        headline: the metric that counts.
+    """
+    if best_step is None or not {0, best_step} <= evaluations.keys() or len(evaluations) < 2:
+        return None
+    values = {step: evaluations[step][f"eval_{headline.metric}"] for step in (0, best_step, max(evaluations))}
+    first, last = values[0], values[max(values)]
+    if headline.is_better(last, first):
+        return None
+    if last == first:
+        return f"held-out {headline.metric} stayed at {first:.4f}: nothing was learned; raise train.learning_rate"
+    went = "rose" if headline.lower_is_better else "fell"
+    worse = (
+        f"held-out {headline.metric} {went} from {first:.4f} to {last:.4f}: this run made the model worse; "
+        "lower train.learning_rate"
+    )
+    if best_step == 0:
+        return f"{worse}. What is kept is the start (step 0), which was best"
+    return f"{worse}, or train for fewer steps. What is kept is step {best_step}, where it was {values[best_step]:.4f}"
 
 
 def peak_memory_gib(device: torch.device) -> float:

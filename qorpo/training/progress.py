@@ -1,23 +1,27 @@
 """What a run tells while it goes: a bar with time left on a terminal, a line a log interval elsewhere."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-# (metric, label, format), in the order a person reads them.
+# (metric, label, format), in the order a person reads them: a line that a narrow terminal holds.
 SHOWN = (
+    ("loss", "loss", ".4f"),
+    ("log_odds_ratio", "log odds", "+.3f"),
+    ("rewards/accuracies", "accuracy", ".3f"),
+    ("learning_rate", "lr", ".1e"),
+    ("pairs_per_second", "pairs/s", ".1f"),
+)
+SHOWN_HELD_OUT = (
     ("loss", "loss", ".4f"),
     ("nll", "nll", ".4f"),
     ("log_odds_ratio", "log odds", "+.3f"),
     ("rewards/accuracies", "accuracy", ".3f"),
     ("chosen_logps", "chosen", ".3f"),
     ("rejected_logps", "rejected", ".3f"),
-    ("learning_rate", "lr", ".2e"),
-    ("pairs_per_second", "pairs/s", ".2f"),
-    ("peak_memory_gib", "GiB", ".2f"),
 )
 
 
@@ -66,13 +70,13 @@ class ConsoleProgress(Progress):
 
     def logged(self, step: int, metrics: Mapping[str, float]) -> None:
         if self.console.is_terminal:
-            self.bar.update(self.task, figures=_figures(metrics, limit=4))
+            self.bar.update(self.task, figures=_figures(metrics, SHOWN[:3]))
         else:
             self._line(f"step {step}/{self.total_steps}  {_figures(metrics)}  left {self._time_left(step)}")
 
     def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
         plain = {name.removeprefix("eval_"): value for name, value in metrics.items()}
-        self._line(f"step {step}/{self.total_steps}  held out: {_figures(plain)}")
+        self._line(f"step {step}/{self.total_steps}  held out: {_figures(plain, SHOWN_HELD_OUT)}")
 
     def close(self) -> None:
         self.bar.stop()
@@ -87,7 +91,5 @@ class ConsoleProgress(Progress):
         return f"{hours}:{minutes:02}:{seconds:02}"
 
 
-def _figures(metrics: Mapping[str, float], limit: int | None = None) -> str:
-    return "  ".join(
-        f"{label} {metrics[name]:{form}}" for name, label, form in SHOWN[:limit] if name in metrics
-    )
+def _figures(metrics: Mapping[str, float], shown: Sequence[tuple[str, str, str]] = SHOWN) -> str:
+    return "  ".join(f"{label} {metrics[name]:{form}}" for name, label, form in shown if name in metrics)

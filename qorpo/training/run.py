@@ -29,11 +29,13 @@ from qorpo.training.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
-# What may change from a run to its resumption without changing its result, but for the draws of dropout.
+# What may change from a run to its resumption: its length, and what doesn't change its result, but for dropout's draws.
+LENGTHS = ("train.epochs", "train.max_steps")
 MAY_CHANGE = (
     "output", "memory.budget_gib", "memory.microbatch_tokens", "memory.logprob_chunk_tokens",
     "memory.activation_checkpointing", "memory.activation_offload", "memory.sharding",
     "train.log_every", "train.keep_checkpoints", "train.report_to",
+    *LENGTHS,
 )  # fmt: skip
 PACKAGES = (
     "torch",
@@ -54,8 +56,11 @@ class TrainResult:
     output: Path
     trained: Path  # the adapter's folder, or the model's after full tuning
     steps: int
-    best_step: int | None  # of the lowest evaluation loss, where there was an evaluation
+    best_step: int | None  # of the lowest evaluation loss, where there was an evaluation; 0 is the start
     metrics: dict[str, float]  # the last evaluation's, else the last step's
+    evaluations: dict[int, dict[str, float]]  # metrics by step, the start's at 0
+    last_step: dict[str, float]  # the last step's metrics
+    warning: str | None  # where the held-out loss did not fall
     trainer: Trainer
 
 
@@ -116,8 +121,17 @@ def train(
     if is_main and not resume:
         write_down(folder, trainer.recipe, model, data)
     metrics = trainer.train(resume=resume)
-    trained = folder.model if recipe.tuning == "full" else folder.adapter
-    return TrainResult(folder.path, trained, trainer.total_steps, trainer.state.best_step, metrics, trainer)
+    return TrainResult(
+        output=folder.path,
+        trained=folder.model if recipe.tuning == "full" else folder.adapter,
+        steps=trainer.total_steps,
+        best_step=trainer.state.best_step,
+        metrics=metrics,
+        evaluations=trainer.metrics.evaluations,
+        last_step=trainer.metrics.last_step,
+        warning=trainer.warning,
+        trainer=trainer,
+    )
 
 
 def merge_saved(saved: Recipe, given: Recipe) -> Recipe:
@@ -135,6 +149,8 @@ def merge_saved(saved: Recipe, given: Recipe) -> Recipe:
             f"output: {given.output} holds a run of another recipe; put these back, or give another output:\n  "
             + "\n  ".join(changes)
         )
+    for change in saved.differences(given, ignoring=[key for key, _ in saved.values() if key not in LENGTHS]):
+        logger.info("%s", change)
     return given
 
 

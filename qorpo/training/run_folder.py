@@ -87,6 +87,12 @@ class RunFolder:
         with self.writing(), self.metrics.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
 
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Every step's and evaluation's line; empty where there is none yet."""
+        if not self.metrics.exists():
+            return []
+        return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
+
     def cut_metrics(self, last_step: int) -> None:
         """Drop the lines after a checkpoint's step, and a last line that a kill left unfinished."""
         if not (self.is_main and self.metrics.exists()):
@@ -100,6 +106,15 @@ class RunFolder:
                 break
         with self.writing():
             write_text(self.metrics, "".join(kept))
+
+    def way_on(self) -> str:
+        """How to go on with what is there."""
+        steps = self.checkpoint_steps()
+        if steps:
+            return f"{self.checkpoint(steps[-1])} holds the run so far; go on with --resume"
+        if self.recipe.exists():
+            return "no checkpoint was written yet; --resume starts at step 1"
+        return "nothing was written yet; start again"
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step}"

@@ -99,9 +99,8 @@ class WatchedTrainer(loop.Trainer):
             super()._step()
 
     def flush_metrics(self):
-        means = super().flush_metrics()
-        self.seen["losses"].append(means["loss"])
-        return means
+        super().flush_metrics()
+        self.seen["losses"].append(self.metrics.last_step["loss"])
 
     def save(self, folder):  # the last thing before the processes part
         super().save(folder)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import random
 import shutil
@@ -16,7 +17,9 @@ import yaml
 from helpers.tiny import changed, preference_records, read_metrics, short_recipe, write_records
 
 from qorpo import train
+from qorpo.errors import Interrupted
 from qorpo.training.progress import Progress
+from qorpo.training.signals import StopSignals
 
 TIMES = {"tokens_per_second", "pairs_per_second", "eval_pairs_per_second", "peak_memory_gib"}
 
@@ -246,6 +249,27 @@ def test_the_best_before_a_kill_is_still_the_best_after(resumable, tmp_path, mon
     assert adapter(output) == (output / "checkpoints/step-4/adapter_model.safetensors").read_bytes()
 
 
+def test_the_start_of_full_tuning_is_kept_and_gone_on_from(resumable, base, tmp_path, monkeypatch):
+    """A checkpoint of step 0 has the weights alone: an optimizer that was asked for its state would count a step."""
+    from safetensors.torch import load_file
+
+    from qorpo import Trainer
+
+    monkeypatch.setattr(Trainer, "evaluate", lambda trainer: {"eval_loss": 1.0 + trainer.state.step})
+    resumable = changed(
+        resumable, tuning="full", train__optimizer="adamw_torch", train__max_steps=4, train__eval_every=2
+    )
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    train(at(resumable, whole))
+    run_until_killed(at(resumable, killed), 2)
+    assert sorted(path.name for path in killed.glob("checkpoints/*")) == ["step-0"]
+    result = train(at(resumable, killed), resume=True)
+    assert result.best_step == 0
+    assert measured(killed) == measured(whole)
+    kept, start = (load_file(folder / "model.safetensors") for folder in (killed / "model", base))
+    assert all(torch.equal(kept[name], start[name]) for name in start)
+
+
 def test_a_half_written_checkpoint_is_passed_over_and_swept_away(resumable, reference, stopped):
     half = stopped / "checkpoints" / ".step-8.qorpo-unfinished"
     shutil.copytree(stopped / "checkpoints" / "step-6", half)
@@ -256,15 +280,122 @@ def test_a_half_written_checkpoint_is_passed_over_and_swept_away(resumable, refe
     assert_same_end(stopped, reference)
 
 
+# --- stopped by a signal ---
+
+
+class SignalAt(Progress):
+    """Sends this process a signal as a step is done."""
+
+    def __init__(self, step, number):
+        self.at, self.number = step, number
+
+    def step(self, done_steps):
+        if done_steps == self.at:
+            signal.raise_signal(self.number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("step", [1, 5, 6])
+def test_a_signal_ends_a_run_after_its_step_and_nothing_is_lost(resumable, reference, tmp_path, number, step):
+    """5 is neither logged, saved nor evaluated; 6 is saved."""
+    output = tmp_path / "run"
+    before = signal.getsignal(number)
+    with pytest.raises(Interrupted, match=f"stopped by {number.name} after step {step} of 12") as stopped:
+        train(at(resumable, output), progress=SignalAt(step, number))
+    assert stopped.value.signal == number
+    assert signal.getsignal(number) is before
+    assert (output / "checkpoints" / f"step-{step}").is_dir()
+    assert [row["step"] for row in read_metrics(output) if "loss" in row] == list(range(1, step + 1))
+    train(at(resumable, output), resume=True)
+    assert_same_end(output, reference)
+    assert_each_row_once(output, 12, 4)
+
+
+def test_a_signal_in_the_last_step_lets_the_run_end(resumable, reference, tmp_path):
+    train(at(resumable, tmp_path / "run"), progress=SignalAt(12, signal.SIGTERM))
+    assert_same_end(tmp_path / "run", reference)
+
+
+def test_a_second_interrupt_ends_it_at_once(monkeypatch):
+    monkeypatch.setattr("qorpo.training.signals.SECONDS_OF_ONE", 0.0)
+    with StopSignals() as signals:
+        signal.raise_signal(signal.SIGINT)
+        assert signals.received == signal.SIGINT
+        time.sleep(0.01)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+# --- a run made longer ---
+
+
+def test_a_finished_run_is_extended(resumable, tmp_path, resume, caplog):
+    short = changed(resumable, train__max_steps=6)
+    recipe, output = at(short, tmp_path / "run"), tmp_path / "run"
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    train(recipe)
+    before = adapter(output)
+    code, _, err = resume("train.max_steps=12")
+    assert code == 0, err
+    assert "train.max_steps: 6 in the saved run, 12 now" in caplog.text
+    # Of 12 steps 2 are warm-up; after 6 the cosine stands at 4 of 10. Of 6 steps it would have come to its end.
+    rate = 0.005 * (1 + math.cos(0.4 * math.pi)) / 2
+    assert f"12 steps now, cosine: the learning rate of step 7 was to be 0 and is {rate:.3g}" in caplog.text
+    rows = [row for row in read_metrics(output) if "loss" in row]
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert rows[6]["learning_rate"] == pytest.approx(rate)
+    assert [row["step"] for row in read_metrics(output) if "eval_loss" in row] == [0, 4, 6, 8, 12]
+    assert adapter(output) != before
+    saved = yaml.safe_load((output / "recipe.yaml").read_text())
+    assert saved["train"]["max_steps"] == 12
+
+    # And again, killed on the way.
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for copy in (whole, killed):
+        shutil.copytree(output, copy)
+    longer = changed(resumable, train__max_steps=18)
+    train(at(longer, whole), resume=True)
+    run_until_killed(at(longer, killed), 17, resume=True)
+    train(at(longer, killed), resume=True)
+    assert_same_end(killed, whole)
+
+
+def test_by_epochs_too(resumable, tmp_path, resume):
+    """30 pairs, 10 a step."""
+    output = tmp_path / "run"
+    recipe = changed(
+        at(resumable, output), train__max_steps=None, train__epochs=1, train__schedule="constant"
+    )
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    train(recipe)
+    code, out, err = resume("train.epochs=2")
+    assert code == 0, err
+    assert [row["step"] for row in read_metrics(output) if "loss" in row] == list(range(1, 7))
+    code, out, err = resume("train.epochs=1")
+    assert (code, out) == (2, "")
+    assert f"train.epochs: 1 is 3 steps, and {output} has done 6; give more" in err
+
+
+def test_a_length_already_passed_is_refused(stopped, resume):
+    before = contents(stopped)
+    code, out, err = resume("train.max_steps=5")
+    assert (code, out) == (2, "")
+    assert f"train.max_steps: 5 is 5 steps, and {stopped} has done 6; give more, or another output" in err
+    assert contents(stopped) == before
+
+
 # --- what --resume answers ---
 
 
-def test_a_finished_run_is_left_as_it_is(finished, resume):
+def test_a_finished_run_is_left_as_it_is(finished, resume, caplog):
     before = contents(finished)
     code, out, err = resume()
     assert code == 0, err
     assert out.startswith(f"adapter: {finished / 'adapter'}\n")
     assert "Traceback" not in err
+    assert "nothing left to do: all 12 steps are done; to go on, raise train.max_steps" in caplog.text
+    assert "held-out start" in out
     after = contents(finished)
     for each in (before, after):
         del each["adapter/adapter_config.json"]  # its lists come in any order

@@ -457,10 +457,43 @@ def test_a_best_evaluation_is_saved_even_off_the_saving_beat(make_trainer, monke
 
 
 def test_of_equal_evaluations_the_first_is_best(make_trainer, monkeypatch):
-    with_losses(monkeypatch, dict.fromkeys(range(9), 1.0))
+    with_losses(monkeypatch, dict.fromkeys(range(9), 1.0) | {0: 2.0})
     trainer = make_trainer()
     trainer.train()
     assert trainer.state.best_step == 2
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_where_training_only_made_it_worse_the_start_is_best(make_trainer, monkeypatch, caplog, keep):
+    with_losses(monkeypatch, {step: 0.29 + step for step in (0, 2, 4, 6, 8)})
+    trainer = make_trainer(train__keep_checkpoints=keep)
+    start = {name: w.detach().clone() for name, w in trainer.model.named_parameters() if w.requires_grad}
+    trainer.train()
+    assert (trainer.state.best_step, trainer.state.best_headline) == (0, 0.29)
+    assert trainer.folder.checkpoint_steps() == sorted({0, *[6, 8][-keep:]})
+    saved = load_adapter_file(trainer)
+    for name, weight in start.items():
+        assert torch.equal(saved[name.replace(".default", "")], weight)
+        assert torch.equal(dict(trainer.model.named_parameters())[name], weight)
+    assert (
+        "held-out loss rose from 0.2900 to 8.2900: this run made the model worse; lower train.learning_rate. What is kept "
+        "is the start (step 0), which was best"
+    ) in caplog.text
+
+
+def test_a_run_that_falls_and_then_rises_above_its_start_says_so(make_trainer, monkeypatch, caplog):
+    with_losses(monkeypatch, {0: 0.29, 2: 0.2, 4: 1.0, 6: 2.0, 8: 3.11})
+    trainer = make_trainer()
+    trainer.train()
+    assert "rose from 0.2900 to 3.1100: this run made the model worse" in caplog.text
+    assert "What is kept is step 2, where it was 0.2000" in caplog.text
+    assert adapter_bytes(trainer) == adapter_bytes(trainer, trainer.folder.checkpoint(2))
+
+
+def test_a_run_that_ends_below_its_start_is_not_scolded(make_trainer, monkeypatch, caplog):
+    with_losses(monkeypatch, {0: 0.29, 2: 0.2, 4: 0.21, 6: 0.22, 8: 0.28})
+    make_trainer().train()
+    assert "worse" not in caplog.text
 
 
 def test_a_run_that_overshoots_ends_with_its_best(make_trainer):
@@ -475,7 +508,6 @@ def test_a_run_that_overshoots_ends_with_its_best(make_trainer):
     losses = {
         row["step"]: row["eval_loss"] for row in read_metrics(trainer.folder.path) if "eval_loss" in row
     }
-    del losses[0]
     best = min(losses, key=losses.get)
     assert best != trainer.total_steps, "the run did not overshoot; this test needs one that does"
     assert trainer.state.best_step == best
@@ -511,8 +543,8 @@ def test_an_evaluation_that_is_no_number_ends_the_run_too(make_trainer, monkeypa
     trainer = make_trainer()
     with pytest.raises(RunError, match=r"step 4: .*lower train\.learning_rate"):
         trainer.train()
-    assert trainer.folder.checkpoint_steps() == [2]
-    assert trainer.state.best_step == 2
+    assert trainer.folder.checkpoint_steps() == [0, 2]
+    assert trainer.state.best_step == 0
 
 
 def test_an_absurd_learning_rate_never_ends_in_an_adapter_without_numbers(make_trainer):
@@ -534,8 +566,9 @@ def test_gradients_are_clipped_to_the_norm_and_never_where_that_is_off(make_trai
             lambda *_: norms.append(math.sqrt(sum(w.grad.square().sum() for w in trainer.trained)))
         )
         trainer._step()
-        (row,) = trainer.metrics.read()
-        return norms[0], row["grad_norm"]
+        trainer.folder.path.mkdir()
+        trainer.metrics.write_steps(1, trainer.steps_per_epoch)
+        return norms[0], trainer.metrics.last_step["grad_norm"]
 
     whole, reported = norm_at_the_optimizer(None)
     assert whole == pytest.approx(reported, rel=1e-4)
