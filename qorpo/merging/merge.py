@@ -12,6 +12,7 @@ import torch
 
 from qorpo.build import build_objective
 from qorpo.data.tokenize import TokenizedPair
+from qorpo.engine.device import computes_bfloat16
 from qorpo.errors import DataError, QorpoError, RecipeError, RunError
 from qorpo.merging.outline import Onto, Plan, make_plan
 from qorpo.merging.output import (
@@ -241,4 +242,6 @@ def _unverified_until_the_end(output: Path) -> Iterator[None]:
 
 
 def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """A card where one computes bfloat16, as training does."""
+    card = torch.device("cuda")
+    return card if torch.cuda.is_available() and computes_bfloat16(card) else torch.device("cpu")

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from qorpo.engine.device import unpaged
 from qorpo.errors import RecipeError
 from qorpo.model.load import load_config
 from qorpo.planning.advice import advise
@@ -82,7 +83,8 @@ def plan_budgets(
     """`plan` for several cards; what they share is counted once."""
     if not isinstance(recipe, Recipe) or overrides:
         recipe = load_recipe(recipe.to_dict() if isinstance(recipe, Recipe) else recipe, overrides)
-    recipe = resolve(recipe, device_type="cuda", installed=_is_there)
+    can_page = not torch.cuda.is_available() or unpaged(torch.device("cuda")) is None
+    recipe = resolve(recipe, device_type="cuda", installed=_is_there, can_page=can_page)
     if ranks > 1 and recipe.memory.sharding == "none":
         raise RecipeError(
             f"--ranks: got {ranks}, but nothing is sharded, so each card needs what one does; leave it out, or give --full"

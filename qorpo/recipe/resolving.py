@@ -12,11 +12,13 @@ def resolve(
     *,
     device_type: str,
     installed: Callable[[str], bool] | None = None,
+    can_page: bool = True,
 ) -> Recipe:
     """A copy with every `auto` replaced but those of model.attention, memory and (where it may be) model.liger, which
     are resolved as the model loads.
 
-    `device_type` is torch's ("cuda", "cpu", …). `installed` tells whether a module can be imported. Raises RecipeError where the recipe needs one that can't.
+    `device_type` is torch's ("cuda", "cpu", …). `installed` tells whether a module can be imported,
+    `can_page` whether the device's memory moves to the host by itself, as paged optimizer states need. Raises RecipeError where the recipe needs one that can't.
     """
     installed = installed or _importable
     full = recipe.tuning == "full"
@@ -25,7 +27,7 @@ def resolve(
         "model.quantization": "none" if full else "nf4",
         "memory.sharding": "full" if full else "none",
         "train.learning_rate": 8e-6 if full else 1e-4,
-        "train.optimizer": "adamw_torch_fused" if is_sharded else "paged_adamw_8bit",
+        "train.optimizer": "adamw_torch_fused" if is_sharded or not can_page else "paged_adamw_8bit",
         "train.report_to": ["tensorboard"] if installed("tensorboard") else [],
     }
     liger_needs = {

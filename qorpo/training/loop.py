@@ -20,6 +20,7 @@ from qorpo.data.pack import PairLengths
 from qorpo.data.records import PreferencePair
 from qorpo.data.token_table import largest_token_id, longest_pair
 from qorpo.data.tokenize import ChatFormat, Tokenized, TokenizedPair
+from qorpo.engine.device import resolve_on
 from qorpo.engine.distributed import as_on_main, make_accelerator, ranks_of, reshard, runs_on
 from qorpo.engine.optim import make_optimizer, make_schedule, take_rate
 from qorpo.engine.step import run_step
@@ -34,7 +35,7 @@ from qorpo.model.scoring import PairScorer
 from qorpo.model.selfcheck import resolve_mode
 from qorpo.out_of_memory import advised
 from qorpo.planning.auto import cap_card, resolve_memory
-from qorpo.recipe import Recipe, resolve
+from qorpo.recipe import Recipe
 from qorpo.training.checkpoint import (
     Checkpoints,
     TrainState,
@@ -78,7 +79,7 @@ class Trainer:
         *,
         progress: Progress | None = None,
     ):
-        recipe = resolve(recipe, device_type=runs_on(recipe, model))
+        recipe = resolve_on(recipe, runs_on(recipe, model))
         self.is_full = recipe.tuning == "full"
         self.objective = build_objective(recipe.objective)
         self.tokenizer = tokenizer

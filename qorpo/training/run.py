@@ -17,12 +17,13 @@ from accelerate import PartialState
 
 from qorpo.build import chat_format_of, load_data
 from qorpo.data.prepare import PreparedData
+from qorpo.engine.device import check_bfloat16, resolve_on
 from qorpo.engine.distributed import main_first, this_process
 from qorpo.errors import RunError
 from qorpo.model.load import load_model
 from qorpo.out_of_memory import advised
 from qorpo.planning.auto import cap_card
-from qorpo.recipe import Recipe, load_recipe, resolve
+from qorpo.recipe import Recipe, load_recipe
 from qorpo.training.loop import Trainer
 from qorpo.training.progress import Progress
 from qorpo.training.run_folder import RunFolder
@@ -92,7 +93,8 @@ def train(
         folder.check_free()
     state = this_process()
     device = state.device
-    recipe = resolve(recipe, device_type=device.type)
+    check_bfloat16(device)
+    recipe = resolve_on(recipe, device)
 
     chat = chat_format_of(recipe)
     with main_first():
