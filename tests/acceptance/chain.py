@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class Row:
     data: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=lambda: {"path": "demo"})
     changes: dict[str, Any] = field(default_factory=dict)  # to SHORT_RUN
+    full_learning_rate: float = SHORT_RUN["learning_rate"]
     dropped: dict[str, int] = field(default_factory=dict)
     noted: dict[str, int] = field(default_factory=dict)
     cut: dict[str, int] = field(default_factory=dict)
@@ -63,12 +64,13 @@ class Row:
 # --- the main job ---
 
 
-def adapters(row: Row, folder: Path, *overrides: str) -> None:
+def adapters(row: Row, folder: Path) -> None:
     """data, plan, train, merge with its verification; then transformers alone."""
     recipe, run, merged = row.write_recipe(folder), folder / "run", folder / "merged"
-    data = json.loads(qorpo("data", recipe, *overrides, "--json").stdout)
-    assert json.loads(qorpo("plan", recipe, *overrides, "--json").stdout)["fits"]
-    train_killed_and_resumed(recipe, run, *overrides)
+    data = json.loads(qorpo("data", recipe, "--json").stdout)
+    check_counts(row, data)
+    assert json.loads(qorpo("plan", recipe, "--json").stdout)["fits"]
+    train_killed_and_resumed(recipe, run)
     check_run(row, run, data)
     qorpo("merge", run, "--output", merged)
     verification = read_json(merged / "verification.json")
@@ -77,12 +79,13 @@ def adapters(row: Row, folder: Path, *overrides: str) -> None:
     check_opens(merged)
 
 
-def all_parameters(row: Row, folder: Path, *overrides: str) -> None:
+def all_parameters(row: Row, folder: Path) -> None:
     """The same with --full, and the last checkpoint exported."""
+    row = replace(row, changes={**row.changes, "learning_rate": row.full_learning_rate})
     recipe, run, exported = row.write_recipe(folder), folder / "run", folder / "exported"
-    data = json.loads(qorpo("data", recipe, *overrides, "--json").stdout)
-    assert json.loads(qorpo("plan", recipe, *overrides, "--full", "--json").stdout)["fits"]
-    train_killed_and_resumed(recipe, run, *overrides, "--full")
+    data = json.loads(qorpo("data", recipe, "--json").stdout)
+    assert json.loads(qorpo("plan", recipe, "--full", "--json").stdout)["fits"]
+    train_killed_and_resumed(recipe, run, "--full")
     check_run(row, run, data)
     qorpo("export", run, "--output", exported)
     for model in (run / "model", exported):

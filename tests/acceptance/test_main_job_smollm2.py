@@ -16,12 +16,18 @@ pytestmark = [
         reason="QORPO_SMOLLM2 names no folder of the model; ../shared/models/smollm2.py FOLDER makes it",
     ),
 ]
-ROW = replace(COMMITTED[1], name="SmolLM2", model={"path": MODEL}, changes={"pairs_per_step": 4})
+ROW = replace(
+    COMMITTED[1],
+    name="SmolLM2",
+    model={"path": MODEL},
+    changes={"pairs_per_step": 4, "learning_rate": 3e-4},
+    full_learning_rate=2e-5,
+)
 
 
 def test_adapters_on_a_real_model(tmp_path: Path):
-    adapters(ROW, tmp_path, "train.learning_rate=3e-4")
+    adapters(ROW, tmp_path)
 
 
 def test_all_parameters_of_a_real_model(tmp_path: Path):
-    all_parameters(ROW, tmp_path, "train.learning_rate=2e-5")
+    all_parameters(ROW, tmp_path)
