@@ -4,12 +4,13 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from qorpo.data.groups import Group, TokenizedData
 from qorpo.data.locate import Source, Sources
 from qorpo.data.prepare import PreparedData, prepare_pairs
 from qorpo.data.records import PreferencePair
 from qorpo.data.shapes import Layout
 from qorpo.data.sources import load_pairs
-from qorpo.data.tokenize import ChatFormat, Limits, Tokenized, TokenizedPair, tokenize_pairs
+from qorpo.data.tokenize import ChatFormat, Limits, tokenize_pairs
 from qorpo.model.load import load_tokenizer, read_chat_template
 from qorpo.objectives.asft import Asft
 from qorpo.objectives.base import Objective
@@ -61,11 +62,11 @@ def load_data(recipe: Recipe, chat_format: ChatFormat) -> PreparedData:
 
 
 def tokenized(
-    pairs: Sequence[PreferencePair] | Tokenized | Sources, chat_format: ChatFormat, keys: DataRecipe
-) -> Sequence[TokenizedPair]:
+    pairs: Sequence[PreferencePair] | TokenizedData | Sources, chat_format: ChatFormat, keys: DataRecipe
+) -> Sequence[Group]:
     """Pairs as tokens, whichever of these they come as; what load_pairs takes is read as the recipe's `data` says."""
-    if isinstance(pairs, Tokenized):
-        return pairs.pairs
+    if isinstance(pairs, TokenizedData):
+        return pairs.groups
     ready: Any = pairs
     if not isinstance(pairs, Sequence) or not all(isinstance(pair, PreferencePair) for pair in pairs):
         ready = load_pairs(
@@ -76,7 +77,7 @@ def tokenized(
             min_margin=keys.min_margin,
             on_bad_record=keys.on_bad_record,
         )
-    return tokenize_pairs(ready, chat_format, limits_of(keys)).pairs
+    return tokenize_pairs(ready, chat_format, limits_of(keys)).groups
 
 
 def _sources(given: Sequence[str | SourceRecipe]) -> list[str | Source]:

@@ -106,7 +106,7 @@ def data(
     _log_to(Console(stderr=True), logging.WARNING)
     _quiet_bars_where_no_terminal()
     from qorpo.build import build_objective, chat_format_of, load_data
-    from qorpo.data.inspect import as_dict, show_pairs
+    from qorpo.data.inspect import as_dict, show_groups
     from qorpo.data.report import check_output, draw, save
     from qorpo.recipe import load_recipe
 
@@ -116,7 +116,7 @@ def data(
     chat = chat_format_of(settings)
     found = load_data(settings, chat)
     learn_prompt = build_objective(settings.objective).scores_prompts
-    shown = show_pairs(found.train.pairs, show, chat, learn_prompt=learn_prompt)
+    shown = show_groups(found.train.groups, show, chat, learn_prompt=learn_prompt)
     if output is not None:
         save(output, found, shown)
     if as_json:

@@ -18,7 +18,6 @@ from helpers.tiny import changed
 from transformers import AutoModelForCausalLM
 
 import qorpo
-from qorpo.data.pack import PairLengths
 
 ROOT = Path(__file__).parents[1]
 BENCH = ROOT / "scripts" / "bench"
@@ -239,13 +238,10 @@ def test_a_step_on_the_cpu(bench):
 
 def test_tokens_padded_by_trl_and_the_ratios_made_of_them(bench):
     peers, sides = bench("_peers"), bench("_sides")
-    lengths = [PairLengths(10, 5, 3), PairLengths(2, 1, 8), PairLengths(4, 4, 4)]
+    lengths = [(10, 5, 3), (2, 1, 8), (4, 4, 4)]
     assert peers.padded_tokens(lengths, 1) == 2 * 15 + 2 * 10 + 2 * 8
     assert peers.padded_tokens(lengths, 2) == 2 * 2 * 15 + 2 * 8
-    pairs = [
-        qorpo.data.tokenize.TokenizedPair(*((5,) * count for count in each), "test")
-        for each in lengths[:2] * 2
-    ]
+    pairs = [qorpo.data.groups.Group.of(((5,) * count for count in each), "test") for each in lengths[:2] * 2]
     job = sides.Job(pairs, pairs_per_step=2)
 
     def figures(speed: float, mib: float) -> dict:
@@ -281,7 +277,7 @@ def test_a_side_out_of_memory_is_a_result(bench, monkeypatch, capsys):
 
     monkeypatch.setattr(peers, "in_own_process", outcome)
     runs = [{"side": "qorpo"}, {"side": "trl", "batch": 8}, {"side": "trl", "batch": 4}]
-    pair = qorpo.data.tokenize.TokenizedPair((5,), (5,), (5,), "test")
+    pair = qorpo.data.groups.Group((5,), ((5,), (5,)), "test")
     peers.compare_runs_of("train_vs_peers", {}, runs, sides.Job([pair] * 2, 1), {})
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["settings"]["side"] for line in lines] == ["qorpo", "trl", "trl", "ratios"]

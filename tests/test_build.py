@@ -29,7 +29,7 @@ def test_pairs_become_tokens_whichever_way_they_come(pairs_file):
     ]  # fmt: skip
     for pairs in ways:
         found = tokenized(pairs, chat, keys())
-        assert [p.chosen_ids for p in found] == [p.chosen_ids for p in expected.pairs]
+        assert [p.responses[0] for p in found] == [p.responses[0] for p in expected.groups]
 
 
 def test_records_are_read_as_the_recipe_says():

@@ -11,15 +11,15 @@ import torch
 from helpers import architectures
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qorpo.data.pack import PackedPairs, pack_pairs
-from qorpo.data.tokenize import TokenizedPair
+from qorpo.data.groups import Group
+from qorpo.data.pack import PackedGroups, pack_groups
 from qorpo.engine.optim import load_optimizer_state, make_optimizer
 from qorpo.errors import ModelError
 from qorpo.model.adapters import attach_lora
 from qorpo.model.attention import PackedLayout, dense_mask, packed_attention
 from qorpo.model.liger import apply_liger
 from qorpo.model.load import load_model
-from qorpo.model.scoring import PairScorer
+from qorpo.model.scoring import Scorer
 from qorpo.model.selfcheck import make_scorer
 from qorpo.ops.log_probs import token_logps, token_logps_plain
 from qorpo.recipe import load_recipe
@@ -37,9 +37,9 @@ needs_flash = pytest.mark.skipif(
 KERNELS = ["varlen", pytest.param("flash", marks=needs_flash)]
 
 
-def packed_row(*lengths: tuple[int, int, int]) -> PackedPairs:
-    pairs = [TokenizedPair(*((5,) * length for length in pair), source="row") for pair in lengths]
-    return pack_pairs(pairs).to(DEVICE)
+def packed_row(*lengths: tuple[int, int, int]) -> PackedGroups:
+    pairs = [Group.of(((5,) * length for length in pair), "row") for pair in lengths]
+    return pack_groups(pairs).to(DEVICE)
 
 
 ROW = ((37, 21, 30), (5, 64, 1), (1, 3, 5), (130, 3, 70))
@@ -49,7 +49,7 @@ ROW = ((37, 21, 30), (5, 64, 1), (1, 3, 5), (130, 3, 70))
 
 
 def truth(
-    packed: PackedPairs,
+    packed: PackedGroups,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -156,7 +156,7 @@ def pairs():
     def tokens(count: int) -> tuple[int, ...]:
         return tuple(torch.randint(512, (count,), generator=draw).tolist())
 
-    return pack_pairs([TokenizedPair(tokens(40), tokens(21), tokens(9), "pair") for _ in range(3)]).to(DEVICE)
+    return pack_groups([Group(tokens(40), (tokens(21), tokens(9)), "pair") for _ in range(3)]).to(DEVICE)
 
 
 def adapter_gradients(scorer, packed) -> torch.Tensor:
@@ -205,10 +205,10 @@ def test_a_model_scores_the_same_by_every_kernel(base_folder, pairs, kernel):
     "name", ["llama", "mistral-window", "qwen2-mixed-windows", "qwen3", "gemma2", "gemma3", "gpt2"]
 )
 def test_every_way_of_attending_is_as_exact_as_the_models_own(name, mode):
-    packed = pack_pairs([TokenizedPair((5, 6, 7) * 9, (8, 9) * 20, (10, 11, 12), "row")] * 3).to(DEVICE)
+    packed = pack_groups([Group((5, 6, 7) * 9, ((8, 9) * 20, (10, 11, 12)), "row")] * 3).to(DEVICE)
 
     def logps(dtype, mode):
-        scorer = PairScorer(architectures.build(name).to(DEVICE, dtype), mode)
+        scorer = Scorer(architectures.build(name).to(DEVICE, dtype), mode)
         scorer.fused_head = False  # nothing to compile for each of these small models
         with torch.no_grad(), scorer.packed_attention():
             return scorer(packed).double()
@@ -230,12 +230,12 @@ LIGER = ["llama", "mistral-window", "qwen2", "qwen3", "gemma2", "gemma3", "phi3"
 @pytest.mark.parametrize("name", LIGER)
 def test_ligers_modules_are_as_exact_as_the_models_own(name):
     pytest.importorskip("liger_kernel")
-    packed = pack_pairs([TokenizedPair((5, 6, 7) * 9, (8, 9) * 20, (10, 11, 12), "row")] * 3).to(DEVICE)
+    packed = pack_groups([Group((5, 6, 7) * 9, ((8, 9) * 20, (10, 11, 12)), "row")] * 3).to(DEVICE)
 
     def logps_and_gradients(dtype, liger):
         model = architectures.build(name).to(DEVICE, dtype)
         assert apply_liger(model, liger) is liger
-        scorer = PairScorer(model, "sdpa")
+        scorer = Scorer(model, "sdpa")
         scorer.fused_head = False
         with scorer.packed_attention():
             logps = scorer(packed)
@@ -371,8 +371,8 @@ def middling_trainer(tmp_path, liger=False, **memory):
     """
     from helpers.tiny import make_tokenizer
 
+    from qorpo.data.groups import TokenizedData
     from qorpo.data.records import DataReport
-    from qorpo.data.tokenize import Tokenized
     from qorpo.training.loop import Trainer
 
     torch.manual_seed(0)
@@ -382,7 +382,7 @@ def middling_trainer(tmp_path, liger=False, **memory):
     def tokens(count: int) -> tuple[int, ...]:
         return tuple(torch.randint(5, 290, (count,), generator=draw).tolist())
 
-    pairs = [TokenizedPair(tokens(600), tokens(700), tokens(700), f"random:{line}") for line in range(4)]
+    pairs = [Group(tokens(600), (tokens(700), tokens(700)), f"random:{line}") for line in range(4)]
     recipe = load_recipe(
         {
             "model": {"path": "random", "quantization": "none", "liger": liger}, "data": {"train": "random"},
@@ -390,7 +390,7 @@ def middling_trainer(tmp_path, liger=False, **memory):
             "memory": memory, "output": str(tmp_path / "run"),
         }
     )  # fmt: skip
-    return Trainer(model, make_tokenizer(), recipe, Tokenized(pairs, DataReport(kept=4)))
+    return Trainer(model, make_tokenizer(), recipe, TokenizedData(pairs, DataReport(kept=4)))
 
 
 def fresh_card():
@@ -404,20 +404,18 @@ def fresh_card():
 @pytest.mark.parametrize("checkpointing", [True, 6, False])
 @pytest.mark.parametrize("microbatch_tokens", [2000, 8000])
 def test_the_planned_memory_is_what_is_reserved(tmp_path, checkpointing, microbatch_tokens):
-    from qorpo.data.pack import PairLengths
     from qorpo.planning.auto import planned_bytes
 
     fresh_card()
     memory = {"microbatch_tokens": microbatch_tokens, "activation_checkpointing": checkpointing}
     trainer = middling_trainer(tmp_path, **memory)
     trainer.train()
-    planned = planned_bytes(trainer.recipe, trainer.model, PairLengths(600, 700, 700))
+    planned = planned_bytes(trainer.recipe, trainer.model, (600, 700, 700))
     assert planned == pytest.approx(torch.cuda.max_memory_reserved(), rel=0.1)
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_with_liger_no_more_is_reserved_than_planned(tmp_path, checkpointing):
-    from qorpo.data.pack import PairLengths
     from qorpo.planning.auto import planned_bytes
 
     pytest.importorskip("liger_kernel")
@@ -425,7 +423,7 @@ def test_with_liger_no_more_is_reserved_than_planned(tmp_path, checkpointing):
     memory = {"microbatch_tokens": 8000, "activation_checkpointing": checkpointing}
     trainer = middling_trainer(tmp_path, liger=True, **memory)
     trainer.train()
-    planned = planned_bytes(trainer.recipe, trainer.model, PairLengths(600, 700, 700))
+    planned = planned_bytes(trainer.recipe, trainer.model, (600, 700, 700))
     assert torch.cuda.max_memory_reserved() <= 1.05 * planned
 
 
@@ -444,7 +442,7 @@ def test_no_step_waits_for_the_device_but_in_the_optimizer(tmp_path, monkeypatch
     trainer.model.train()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        means = trainer._within_memory(trainer.pairs_of_step(0), trainer.accelerator.backward, seed=0)
+        means = trainer._within_memory(trainer.groups_of_step(0), trainer.accelerator.backward, seed=0)
         assert waits == []
         trainer.optimizer.step()
     finally:

@@ -22,10 +22,12 @@ def judge(comparison: Comparison, source: str, min_margin: float = 0.0) -> Prefe
             raise Unusable("tie")
         if min_margin and margin < min_margin:
             raise Unusable("small_margin")
-    return make_pair(chosen, rejected, source)
+    return make_pair(chosen, rejected, source, margin)
 
 
-def make_pair(chosen: Conversation, rejected: Conversation, source: str) -> PreferencePair:
+def make_pair(
+    chosen: Conversation, rejected: Conversation, source: str, margin: float | None = None
+) -> PreferencePair:
     """The pair of two conversations that share all but their last turn.
 
     Raises Unusable with the reason the record is dropped for:
@@ -50,7 +52,7 @@ def make_pair(chosen: Conversation, rejected: Conversation, source: str) -> Pref
         raise Unusable("empty")
     if texts[0] == texts[1]:
         raise Unusable("same")
-    return PreferencePair(tuple(prompt), answer["content"], other_answer["content"], source)
+    return PreferencePair(tuple(prompt), answer["content"], other_answer["content"], source, margin)
 
 
 _ROLE_LABEL = re.compile(r"(?:^|\s)(?:Human|Assistant):")

@@ -2,15 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from qorpo.data.groups import Group, part_names
 from qorpo.data.prepare import PreparedData
-from qorpo.data.token_table import TokenizedPairs
-from qorpo.data.tokenize import ChatFormat, TokenizedPair
-
-SIDES = ("prompt", "chosen", "rejected")
+from qorpo.data.token_table import ArrowGroups
+from qorpo.data.tokenize import ChatFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,15 +46,17 @@ class Statistics:
         return 1 - self.row_tokens / self.separate_tokens
 
 
-def statistics(pairs: TokenizedPairs) -> Statistics:
-    lengths = pairs.lengths()
+def statistics(groups: ArrowGroups) -> Statistics:
+    lengths = groups.lengths()
     prompt, chosen, rejected = lengths.T
     # Powers of two, the same for all sides, so that they can be compared at a glance.
     first = int(np.log2(lengths.min()))
     edges = 2 ** np.arange(first, int(np.log2(lengths.max())) + 2)
     return Statistics(
         pairs=len(lengths),
-        lengths={name: _lengths(counts, edges) for name, counts in zip(SIDES, lengths.T, strict=True)},
+        lengths={
+            name: _lengths(counts, edges) for name, counts in zip(part_names(2), lengths.T, strict=True)
+        },
         row_tokens=int(lengths.sum()),
         separate_tokens=int(lengths.sum() + prompt.sum()),
         chosen_longer=round(float((chosen > rejected).mean()), 4),
@@ -72,69 +73,69 @@ def _lengths(counts: np.ndarray, edges: np.ndarray) -> Lengths:
 
 
 class Span(NamedTuple):
-    """Consecutive tokens of one kind as text; `learned`: the loss is over them."""
+    """Consecutive tokens as text, or a special one; `learned`: the loss is over them."""
 
     text: str
-    kind: Literal["prompt", "chosen", "rejected", "special"]
+    special: bool
     learned: bool
 
 
-class ShownPair(NamedTuple):
-    """A pair as the model sees it."""
+class ShownGroup(NamedTuple):
+    """A group as the model sees it: its parts by their names."""
 
     source: str
-    prompt: list[Span]
-    chosen: list[Span]
-    rejected: list[Span]
-    cut: list[str]  # the sides that were cut
+    parts: dict[str, list[Span]]
+    cut: list[str]  # the parts that were cut
 
 
-def show_pairs(
-    pairs: Sequence[TokenizedPair], count: int, chat_format: ChatFormat, *, learn_prompt: bool = False
-) -> list[ShownPair]:
-    """`count` pairs, evenly from the first to the last, decoded with their special tokens visible."""
+def show_groups(
+    groups: Sequence[Group], count: int, chat_format: ChatFormat, *, learn_prompt: bool = False
+) -> list[ShownGroup]:
+    """`count` groups, evenly from the first to the last, decoded with their special tokens visible."""
     tokenizer = chat_format.tokenizer
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     special |= {chat_format.stop_token_id, *tokenizer.all_special_ids}
 
-    def spans(ids: Sequence[int], kind: Any, learned: bool) -> Iterator[Span]:
+    def spans(ids: Sequence[int], learned: bool) -> Iterator[Span]:
         run: list[int] = []
         for token in ids:
             if token in special:
                 if run:
-                    yield Span(tokenizer.decode(run), kind, learned)
+                    yield Span(tokenizer.decode(run), False, learned)
                     run = []
-                yield Span(tokenizer.decode([token]), "special", learned)
+                yield Span(tokenizer.decode([token]), True, learned)
             else:
                 run.append(token)
         if run:
-            yield Span(tokenizer.decode(run), kind, learned)
+            yield Span(tokenizer.decode(run), False, learned)
 
-    def shown(pair: TokenizedPair) -> ShownPair:
-        prompt, chosen, rejected = (
-            list(spans(getattr(pair, f"{side}_ids"), side, learn_prompt or side != "prompt"))
-            for side in SIDES
+    def shown(group: Group) -> ShownGroup:
+        names = part_names(len(group.responses))
+        parts = {
+            name: list(spans(ids, learn_prompt or name != "prompt"))
+            for name, ids in zip(names, (group.prompt_ids, *group.responses), strict=True)
+        }
+        return ShownGroup(
+            group.source, parts, [name for name, cut in zip(names, group.cut, strict=False) if cut]
         )
-        cut = [side for side in SIDES if getattr(pair, f"{side}_cut")]
-        return ShownPair(pair.source, prompt, chosen, rejected, cut)
 
-    count = min(count, len(pairs))
-    places = np.linspace(0, len(pairs) - 1, count).astype(int).tolist() if count else []
-    return [shown(pairs[place]) for place in places]
+    count = min(count, len(groups))
+    places = np.linspace(0, len(groups) - 1, count).astype(int).tolist() if count else []
+    return [shown(groups[place]) for place in places]
 
 
-def as_dict(data: PreparedData, shown: Sequence[ShownPair] = ()) -> dict[str, Any]:
+def as_dict(data: PreparedData, shown: Sequence[ShownGroup] = ()) -> dict[str, Any]:
     """Reports, statistics and shown pairs as plain JSON values; a shown side is its text."""
     values = data.as_dict()
     for name, side in (("train", data.train), ("eval", data.eval)):
         if side is not None:
-            found = statistics(side.pairs)  # type: ignore[arg-type]
+            found = statistics(side.groups)  # type: ignore[arg-type]
             values[name] |= {
                 "statistics": asdict(found) | {"saved_by_sharing": round(found.saved_by_sharing, 4)}
             }
     values["shown"] = [
-        {"source": pair.source, "cut": pair.cut}
-        | {side: "".join(span.text for span in getattr(pair, side)) for side in SIDES}
-        for pair in shown
+        {"source": group.source, "cut": group.cut}
+        | {name: "".join(span.text for span in spans) for name, spans in group.parts.items()}
+        for group in shown
     ]
     return values

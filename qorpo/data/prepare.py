@@ -20,12 +20,13 @@ from typing import Any
 import numpy as np
 
 from qorpo.data.filters import digest, hold_out, prompt_key
+from qorpo.data.groups import TokenizedData
 from qorpo.data.locate import RecordFile, Sources, open_sources
 from qorpo.data.records import DataReport, PreferencePair
 from qorpo.data.shapes import Layout
 from qorpo.data.sources import OnBadRecord, iter_pairs
-from qorpo.data.token_table import SIDES, TokenizedPairs, read_table
-from qorpo.data.tokenize import ChatFormat, Limits, Tokenized, TokenizedPair, tokenize_batch, tokens_report
+from qorpo.data.token_table import ArrowGroups, arrow_schema, read_table
+from qorpo.data.tokenize import ChatFormat, Limits, tokenize_batch, tokens_report
 from qorpo.errors import DamageError, DataError
 from qorpo.manifest import MANIFEST, check_folder, write_manifest
 from qorpo.storage import failed_write, sweep, whole_folder, write_json
@@ -41,8 +42,8 @@ PAIRS_PER_PROCESS = 4096
 class PreparedData:
     """Pairs to train and evaluate on as tokens, and the report of the whole they were split from, where they were."""
 
-    train: Tokenized
-    eval: Tokenized | None
+    train: TokenizedData
+    eval: TokenizedData | None
     whole: DataReport | None
     leaked_prompts: int  # distinct evaluation prompts that occur in train as well
 
@@ -178,8 +179,8 @@ def _build(folder: Path, work: _Work, chat_format: ChatFormat, num_processes: in
         content = io.BytesIO()
         np.save(content, rows)  # into a file it passes over a failed write in silence
         (folder / f"{name}.npy").write_bytes(content.getvalue())
-        pairs = TokenizedPairs(table, rows)
-        reports[name] = tokens_report(report, pairs.lengths().tolist(), pairs.cuts().tolist()).as_dict()
+        groups = ArrowGroups(table, rows)
+        reports[name] = tokens_report(report, groups.lengths().tolist(), groups.cuts().tolist()).as_dict()
 
     report, prompts = read("train", work.train)
     _tokenize(folder, "train", tokenize, num_processes)
@@ -203,9 +204,12 @@ def _write_texts(path: Path, pairs: Iterable[PreferencePair]) -> list[bytes]:
     """Write pairs as an Arrow stream; returns their prompts' digests."""
     import pyarrow
 
-    schema = pyarrow.schema([(name, pyarrow.string()) for name in ("prompt", "chosen", "rejected", "source")])
+    text = pyarrow.string()
+    schema = pyarrow.schema(
+        {"prompt": text, "chosen": text, "rejected": text, "source": text, "margin": pyarrow.float64()}
+    )
     prompts: list[bytes] = []
-    batch: list[dict[str, str]] = []
+    batch: list[dict[str, Any]] = []
     with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, schema) as writer:
 
         def flush() -> None:
@@ -220,6 +224,7 @@ def _write_texts(path: Path, pairs: Iterable[PreferencePair]) -> list[bytes]:
                     "chosen": pair.chosen,
                     "rejected": pair.rejected,
                     "source": pair.source,
+                    "margin": pair.margin,
                 }
             )
             if len(batch) == PAIRS_PER_BATCH:
@@ -265,18 +270,12 @@ class _TokenizeBatch:
             for row in texts.to_pylist()
         ]
         results = tokenize_batch(pairs, self.chat_format, self.limits)
-        kept = [result if isinstance(result, TokenizedPair) else None for result in results]
-        ids, flag = pyarrow.list_(pyarrow.int32()), pyarrow.bool_()
-        columns = {
-            f"{s}_ids": pyarrow.array([p and getattr(p, f"{s}_ids") for p in kept], ids) for s in SIDES
+        schema = arrow_schema()
+        columns: dict[str, list[Any]] = {
+            name: [getattr(result, name, None) for result in results] for name in schema.names
         }
-        columns |= {
-            f"{s}_cut": pyarrow.array([p and getattr(p, f"{s}_cut") for p in kept], flag) for s in SIDES
-        }
-        reasons = [None if isinstance(result, TokenizedPair) else result.reason for result in results]
-        columns["source"] = pyarrow.array([pair.source for pair in pairs], pyarrow.string())
-        columns["reason"] = pyarrow.array(reasons, pyarrow.string())
-        return pyarrow.table(columns)
+        columns["source"] = [pair.source for pair in pairs]
+        return pyarrow.table(columns, schema)
 
 
 def _num_cores() -> int:
@@ -322,12 +321,12 @@ def _open(folder: Path) -> PreparedData | None:
 def _read(folder: Path) -> PreparedData:
     reports = json.loads((folder / "report.json").read_text(encoding="utf-8"))
 
-    def side(name: str) -> Tokenized | None:
+    def side(name: str) -> TokenizedData | None:
         if reports[name] is None:
             return None
         tokens_name = "train" if reports["whole"] else name
-        pairs = TokenizedPairs(read_table(folder, tokens_name), np.load(folder / f"{name}.npy"))
-        return Tokenized(pairs, DataReport.from_dict(reports[name]))
+        groups = ArrowGroups(read_table(folder, tokens_name), np.load(folder / f"{name}.npy"))
+        return TokenizedData(groups, DataReport.from_dict(reports[name]))
 
     train = side("train")
     assert train is not None

@@ -25,13 +25,18 @@ class PreferencePair:
 
     `prompt` ends in a turn of the user, the system or a tool: the next is the assistant's. `chosen` and `rejected`
     are the text of that one turn. `source` is where the pair came from, "pairs.jsonl:41" (line 41) or
-    "pairs.json[40]" (item 40, from 0).
+    "pairs.json[40]" (item 40, from 0). `margin`: how much better chosen is, by the record's scores or votes.
     """
 
     prompt: Conversation
     chosen: str
     rejected: str
     source: str
+    margin: float | None = None
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        return self.chosen, self.rejected
 
 
 class BadRecord(ValueError):  # noqa: N818 (a finding, yielded as often as it is raised)

@@ -11,14 +11,14 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from qorpo.data.inspect import SIDES, ShownPair, Span, Statistics, statistics
+from qorpo.data.inspect import ShownGroup, Span, Statistics, statistics
 from qorpo.data.prepare import PreparedData
 from qorpo.data.records import DataReport
 from qorpo.errors import DataError
 from qorpo.printable import printable
 from qorpo.storage import FailedWrite, failed_write, unfinished_of, write_bytes, write_text
 
-COLOURS = {"prompt": "cyan", "chosen": "green", "rejected": "red"}
+COLOURS = {"prompt": "cyan", "chosen": "green", "rejected": "red", "response": "green"}
 BAR_WIDTH = 18
 
 # What each reason that records are dropped or noted for means.
@@ -64,14 +64,14 @@ REASONS = {
 }  # fmt: skip
 
 
-def draw(data: PreparedData, shown: Sequence[ShownPair] = ()) -> RenderableType:
+def draw(data: PreparedData, shown: Sequence[ShownGroup] = ()) -> RenderableType:
     """All of it, for a console of rich's."""
     parts: list[RenderableType] = []
     if data.whole is not None:
         parts += [Rule("read"), *_counts(data.whole)]
     for name, side in (("train", data.train), ("eval", data.eval)):
         if side is not None:
-            found = statistics(side.pairs)  # type: ignore[arg-type]
+            found = statistics(side.groups)  # type: ignore[arg-type]
             parts += [Rule(name), *_counts(side.report), *_numbers(found), _histogram(found)]
     if data.leaked_prompts:
         parts.append(
@@ -105,7 +105,7 @@ def check_output(path: Path) -> None:
         raise _unwritable(path, error) from error
 
 
-def save(path: Path, data: PreparedData, shown: Sequence[ShownPair] = ()) -> None:
+def save(path: Path, data: PreparedData, shown: Sequence[ShownGroup] = ()) -> None:
     """Write what `draw` draws as .html, or the histograms as .png. Raises DataError as `check_output` does."""
     check_output(path)
     try:
@@ -162,26 +162,24 @@ def _numbers(found: Statistics) -> Iterator[RenderableType]:
 
 def _histogram(found: Statistics) -> Table:
     table = Table("tokens", title="lengths", title_justify="left")
-    for side in SIDES:
-        lengths = found.lengths[side]
+    for side, lengths in found.lengths.items():
         table.add_column(Text(side, COLOURS[side]), footer=f"mean {lengths.mean}, max {lengths.max}")
     edges = found.lengths["prompt"].edges
-    highest = max(max(found.lengths[side].counts) for side in SIDES)
+    highest = max(max(lengths.counts) for lengths in found.lengths.values())
     for place, (low, high) in enumerate(itertools.pairwise(edges)):
-        counts = [found.lengths[side].counts[place] for side in SIDES]
+        counts = {side: lengths.counts[place] for side, lengths in found.lengths.items()}
         bars = [
             Text("█" * round(BAR_WIDTH * count / highest), COLOURS[side]).append(f" {count:,}", "default")
-            for side, count in zip(SIDES, counts, strict=True)
+            for side, count in counts.items()
         ]
         table.add_row(f"{low}-{high - 1}", *bars)
     for name in ("mean", "p50", "p90", "p99", "max"):
-        table.add_row(
-            name, *(f"{getattr(found.lengths[side], name):,}" for side in SIDES), end_section=name == "max"
-        )
+        figures = (f"{getattr(lengths, name):,}" for lengths in found.lengths.values())
+        table.add_row(name, *figures, end_section=name == "max")
     return table
 
 
-def _pairs(shown: Sequence[ShownPair]) -> Iterator[RenderableType]:
+def _pairs(shown: Sequence[ShownGroup]) -> Iterator[RenderableType]:
     yield Text.assemble(
         ("prompt", COLOURS["prompt"]), "  ", ("chosen", COLOURS["chosen"]), "  ", ("rejected", COLOURS["rejected"]),
         "  ", ("special token", "reverse"), "  ", ("bold: the loss is over it", "bold"), "  ⏎ a line break",
@@ -189,12 +187,12 @@ def _pairs(shown: Sequence[ShownPair]) -> Iterator[RenderableType]:
     for pair in shown:
         title = printable(pair.source) + (f" (cut: {', '.join(pair.cut)})" if pair.cut else "")
         yield Rule(Text(title), style="dim")
-        for side in SIDES:
-            yield Text.assemble((f"{side:>8} ", "dim"), *(_span(span, side) for span in getattr(pair, side)))
+        for side, spans in pair.parts.items():
+            yield Text.assemble((f"{side:>8} ", "dim"), *(_span(span, side) for span in spans))
 
 
 def _span(span: Span, side: str) -> tuple[str, str]:
-    style = COLOURS[side] + (" bold" if span.learned else "") + (" reverse" if span.kind == "special" else "")
+    style = COLOURS[side] + (" bold" if span.learned else "") + (" reverse" if span.special else "")
     return printable(span.text).replace("\n", "⏎\n"), style
 
 
@@ -202,11 +200,10 @@ def _figure(data: PreparedData) -> Any:
     from matplotlib.figure import Figure
 
     sides: list[tuple[str, Any]] = [("train", data.train), ("eval", data.eval)]
-    sides = [(name, statistics(side.pairs)) for name, side in sides if side is not None]
+    sides = [(name, statistics(side.groups)) for name, side in sides if side is not None]
     figure = Figure(figsize=(9, 3.5 * len(sides)), layout="constrained")
     for axes, (name, found) in zip(figure.subplots(len(sides), squeeze=False)[:, 0], sides, strict=True):
-        for side in SIDES:
-            lengths = found.lengths[side]
+        for side, lengths in found.lengths.items():
             axes.stairs(lengths.counts, lengths.edges, label=side, color=COLOURS[side], linewidth=2)
         axes.set(xscale="log", xlabel="tokens", ylabel="pairs", title=f"{name}: {found.pairs:,} pairs")
         axes.set_xticks(found.lengths["prompt"].edges, [str(edge) for edge in found.lengths["prompt"].edges])

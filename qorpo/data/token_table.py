@@ -1,4 +1,7 @@
-"""Tokenized pairs in Arrow files, mapped into memory: a pair is read when it is asked for."""
+"""Groups in Arrow files, mapped into memory: a group is read when it is asked for.
+
+Legend: P groups of a set, n responses of each; all groups of one set have as many.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,9 +9,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from qorpo.data.tokenize import TokenizedPair
-
-SIDES = ("prompt", "chosen", "rejected")
+from qorpo.data.groups import Group, GroupLengths
 
 
 def read_table(folder: Path, name: str) -> Any:
@@ -21,8 +22,11 @@ def read_table(folder: Path, name: str) -> Any:
     )
 
 
-class TokenizedPairs(Sequence[TokenizedPair]):
-    """Tokenized pairs in Arrow files: some rows of a table, in order, each read when it is asked for."""
+class ArrowGroups(Sequence[Group]):
+    """Groups in Arrow files: some rows of a table, in order, each read when it is asked for.
+
+    The table's columns are those of `Group` (`arrow_schema`); a row that is not taken may hold nulls.
+    """
 
     def __init__(self, table: Any, rows: np.ndarray):
         self._table, self._rows = table, rows
@@ -33,57 +37,79 @@ class TokenizedPairs(Sequence[TokenizedPair]):
         return len(self._rows)
 
     @overload
-    def __getitem__(self, index: int) -> TokenizedPair: ...
+    def __getitem__(self, index: int) -> Group: ...
     @overload
-    def __getitem__(self, index: slice) -> list[TokenizedPair]: ...
-    def __getitem__(self, index: int | slice) -> TokenizedPair | list[TokenizedPair]:
+    def __getitem__(self, index: slice) -> list[Group]: ...
+    def __getitem__(self, index: int | slice) -> Group | list[Group]:
         if isinstance(index, slice):
             return [self[place] for place in range(*index.indices(len(self)))]
         row = int(self._rows[index])
         place = int(np.searchsorted(self._ends, row, side="right"))
         batch = self._batches[place]
         row -= int(self._ends[place]) - batch.num_rows
-
-        def ids(name: str) -> tuple[int, ...]:
-            return tuple(batch[name][row].values.to_numpy().tolist())
-
-        return TokenizedPair(
-            *(ids("prompt_ids"), ids("chosen_ids"), ids("rejected_ids"), batch["source"][row].as_py()),
-            *(batch[name][row].as_py() for name in ("prompt_cut", "chosen_cut", "rejected_cut")),
+        return Group(
+            prompt_ids=_ids(batch["prompt_ids"][row]),
+            responses=tuple(map(_ids, batch["responses"][row])),
+            source=batch["source"][row].as_py(),
+            cut=tuple(batch["cut"][row].as_py()),
+            margin=batch["margin"][row].as_py(),
         )
 
     def largest_token_id(self) -> int:
         import pyarrow.compute as compute
 
-        return max(compute.max(compute.list_flatten(self._table[f"{side}_ids"])).as_py() for side in SIDES)
+        prompts = compute.list_flatten(self._table["prompt_ids"])
+        responses = compute.list_flatten(compute.list_flatten(self._table["responses"]))
+        return max(compute.max(ids).as_py() for ids in (prompts, responses))
 
     def lengths(self) -> np.ndarray:
-        """(P, 3) token counts of prompt, chosen and rejected."""
-        import pyarrow.compute
+        """(P, 1 + n) token counts of each group's parts."""
+        import pyarrow.compute as compute
 
-        columns = [pyarrow.compute.list_value_length(self._table[f"{side}_ids"]) for side in SIDES]
-        return self._columns(columns, np.int64)
+        # Rows first: a dropped row is null, and a column with a null becomes floats or objects.
+        prompts = compute.list_value_length(self._table["prompt_ids"].take(self._rows)).to_numpy()
+        responses = compute.list_flatten(self._table["responses"].take(self._rows))
+        counts = compute.list_value_length(responses).to_numpy()
+        return np.column_stack([prompts, self._by_group(counts)]).astype(np.int64, casting="safe")
 
     def cuts(self) -> np.ndarray:
-        """(P, 3) whether prompt, chosen and rejected were cut."""
-        return self._columns([self._table[f"{side}_cut"] for side in SIDES], np.bool_)
+        """(P, 1 + n) whether each part was cut."""
+        import pyarrow.compute as compute
 
-    def _columns(self, columns: list[Any], dtype: type) -> np.ndarray:
-        # Rows first: a dropped row is null, and a column with a null becomes floats or objects.
-        taken = [column.take(self._rows).to_numpy() for column in columns]
-        return np.stack(taken, axis=1).astype(dtype, casting="safe")
+        flags = compute.list_flatten(self._table["cut"].take(self._rows)).to_numpy()
+        return self._by_group(flags).astype(np.bool_, casting="safe")
 
-
-def largest_token_id(pairs: Sequence[TokenizedPair]) -> int:
-    """The largest id in any of the pairs, -1 where there are none."""
-    if isinstance(pairs, TokenizedPairs):
-        return pairs.largest_token_id()
-    return max((max(*p.prompt_ids, *p.chosen_ids, *p.rejected_ids) for p in pairs), default=-1)
+    def _by_group(self, values: np.ndarray) -> np.ndarray:
+        return values.reshape(len(self), len(values) // max(len(self), 1))
 
 
-def longest_pair(pairs: Sequence[TokenizedPair]) -> tuple[int, int, int]:
-    """Token counts of prompt, chosen and rejected of the pair with most of them."""
-    if isinstance(pairs, TokenizedPairs):
-        lengths = pairs.lengths()
+def _ids(values: Any) -> tuple[int, ...]:
+    return tuple(values.values.to_numpy().tolist())
+
+
+def arrow_schema() -> Any:
+    """The columns of groups in a table, and `reason`, why a row is none."""
+    import pyarrow as pa
+
+    ids = pa.list_(pa.int32())
+    return pa.schema(
+        {
+            "prompt_ids": ids, "responses": pa.list_(ids), "source": pa.string(), "cut": pa.list_(pa.bool_()),
+            "margin": pa.float64(), "reason": pa.string(),
+        }
+    )  # fmt: skip
+
+
+def largest_token_id(groups: Sequence[Group]) -> int:
+    """The largest id in any of the groups, -1 where there are none."""
+    if isinstance(groups, ArrowGroups):
+        return groups.largest_token_id()
+    return max((max(*g.prompt_ids, *(max(ids) for ids in g.responses)) for g in groups), default=-1)
+
+
+def longest_group(groups: Sequence[Group]) -> GroupLengths:
+    """The lengths of the group with most tokens."""
+    if isinstance(groups, ArrowGroups):
+        lengths = groups.lengths()
         return tuple(lengths[lengths.sum(1).argmax()].tolist())
-    return max(((len(p.prompt_ids), len(p.chosen_ids), len(p.rejected_ids)) for p in pairs), key=sum)
+    return max((group.lengths for group in groups), key=sum)

@@ -6,6 +6,7 @@ writes the response's. So no token spans the boundary, and exactly one stop toke
 
 import contextlib
 import copy
+import itertools
 import logging
 import re
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 from jinja2 import TemplateError
 
 from qorpo.data.bounds import MOST_BYTES, SECONDS, stays_within_bounds
+from qorpo.data.groups import Group, TokenizedData, part_names
 from qorpo.data.records import Conversation, DataReport, Message, PairSet, PreferencePair, Unusable
 from qorpo.errors import DataError
 
@@ -34,26 +36,6 @@ logger = logging.getLogger(__name__)
 PAIRS_PER_BATCH = 1024
 _WITHIN_BOUNDS: set[str] = set()  # templates, with the tokens they may write, that were tried
 _PROBE = "qorpo0probe"
-
-
-@dataclass(frozen=True, slots=True)
-class TokenizedPair:
-    """The token ids of a pair; a response that is not cut ends in the stop token, a cut one has none."""
-
-    prompt_ids: tuple[int, ...]
-    chosen_ids: tuple[int, ...]
-    rejected_ids: tuple[int, ...]
-    source: str
-    prompt_cut: bool = False
-    chosen_cut: bool = False
-    rejected_cut: bool = False
-
-
-class Tokenized(NamedTuple):
-    """Pairs ready to train on, and what became of the records they came from."""
-
-    pairs: Sequence[TokenizedPair]
-    report: DataReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +61,10 @@ class Limits:
 
 
 class Texts(NamedTuple):
-    """A pair as the template writes it; the responses without their stop token."""
+    """A prompt and its responses as the template writes them; the responses without their stop token."""
 
     prompt: str
-    chosen: str
-    rejected: str
+    responses: tuple[str, ...]
 
 
 class ChatFormat:
@@ -130,26 +111,27 @@ class ChatFormat:
         """
         try:
             prompt = self._render(pair.prompt, add_generation_prompt=True)
-            chosen = self._response(pair.prompt, prompt, pair.chosen)
-            rejected = self._response(pair.prompt, prompt, pair.rejected)
+            responses = tuple(self._response(pair.prompt, prompt, answer) for answer in pair.answers)
         except (TemplateError, MemoryError):
             raise Unusable("template_refused") from None
-        return Texts(prompt, chosen, rejected)
+        return Texts(prompt, responses)
 
-    def encode(self, texts: Sequence[Texts]) -> Iterator[tuple[list[int], list[int], list[int]]]:
-        """The ids of prompt, chosen and rejected of each; the responses without their stop token.
+    def encode(self, texts: Sequence[Texts]) -> Iterator[list[list[int]]]:
+        """The ids of prompt and responses of each; the responses without their stop token.
 
         The template is the authority on BOS: none is added. A special token that an answer spells out becomes plain
         text, for as a token it would end the answer. A prompt is encoded as transformers does at inference.
         """
         prompts = self._ids([text.prompt for text in texts])
-        responses = [response for text in texts for response in (text.chosen, text.rejected)]
+        responses = [response for text in texts for response in text.responses]
         ids = self._continuations(responses)
         if not self._opens_with_special:
             for index, response in enumerate(responses):
                 if self._special.search(response):
                     (ids[index],) = self._continuations([response], split_special_tokens=True)
-        return zip(prompts, ids[::2], ids[1::2], strict=True)
+        rest = iter(ids)
+        for prompt, text in zip(prompts, texts, strict=True):
+            yield [prompt, *itertools.islice(rest, len(text.responses))]
 
     def _render(self, messages: Conversation, add_generation_prompt: bool = False) -> str:
         try:
@@ -273,13 +255,13 @@ class ChatFormat:
 _FIX = "fix it, or give another in model.chat_template"
 
 
-def tokenize_pairs(pairs: Sequence[PreferencePair], chat_format: ChatFormat, limits: Limits) -> Tokenized:
-    """The pairs as tokens, in memory, and a PairSet's report carried on (in a copy), or a new one for other sequences.
+def tokenize_pairs(pairs: Sequence[PreferencePair], chat_format: ChatFormat, limits: Limits) -> TokenizedData:
+    """The pairs as groups, in memory, and a PairSet's report carried on (in a copy), or a new one for other sequences.
 
     Dropped is what tokenize_batch finds unusable. Raises DataError if no pair is left.
     """
     report = copy.deepcopy(pairs.report) if isinstance(pairs, PairSet) else DataReport()
-    kept: list[TokenizedPair] = []
+    kept: list[Group] = []
     for start in range(0, len(pairs), PAIRS_PER_BATCH):
         batch = pairs[start : start + PAIRS_PER_BATCH]
         for pair, result in zip(batch, tokenize_batch(batch, chat_format, limits), strict=True):
@@ -287,15 +269,14 @@ def tokenize_pairs(pairs: Sequence[PreferencePair], chat_format: ChatFormat, lim
                 report.drop(result.reason, pair.source)
             else:
                 kept.append(result)
-    lengths = [[len(p.prompt_ids), len(p.chosen_ids), len(p.rejected_ids)] for p in kept]
-    cuts = [[p.prompt_cut, p.chosen_cut, p.rejected_cut] for p in kept]
-    return Tokenized(kept, tokens_report(report, lengths, cuts))
+    lengths, cuts = [group.lengths for group in kept], [group.cut for group in kept]
+    return TokenizedData(kept, tokens_report(report, lengths, cuts))
 
 
 def tokens_report(
     report: DataReport, lengths: Sequence[Sequence[int]], cuts: Sequence[Sequence[bool]]
 ) -> DataReport:
-    """The report with what tokenizing adds: (P, 3) lengths, and whether they were cut, of prompt, chosen, rejected."""
+    """The report with what tokenizing adds: (P, 1 + n) lengths of the groups' parts, and whether they were cut."""
     report.kept = len(lengths)
     if not report.kept:
         raise DataError(
@@ -303,9 +284,9 @@ def tokens_report(
             "look at data.max_prompt_length, data.max_length and model.chat_template"
         )
     columns = zip(zip(*lengths, strict=True), zip(*cuts, strict=True), strict=True)
-    for side, (counts, were_cut) in zip(("prompt", "chosen", "rejected"), columns, strict=True):
-        report.cut[side] = sum(were_cut)
-        report.tokens[side] = {
+    for part, (counts, were_cut) in zip(part_names(len(lengths[0]) - 1), columns, strict=True):
+        report.cut[part] = sum(were_cut)
+        report.tokens[part] = {
             "total": sum(counts), "mean": round(sum(counts) / len(counts), 1), "max": max(counts)
         }  # fmt: skip
     return report
@@ -313,8 +294,8 @@ def tokens_report(
 
 def tokenize_batch(
     pairs: Sequence[PreferencePair], chat_format: ChatFormat, limits: Limits
-) -> list[TokenizedPair | Unusable]:
-    """Each pair as tokens, or why it is unusable: what ChatFormat.texts refuses, and
+) -> list[Group | Unusable]:
+    """Each pair as a group, or why it is unusable: what ChatFormat.texts refuses, and
 
     prompt_too_long, response_too_long  as the limits say
     empty           an answer without a token
@@ -328,22 +309,20 @@ def tokenize_batch(
         except Unusable as refusal:
             written.append(refusal)
     encoded = iter(chat_format.encode([texts for texts in written if isinstance(texts, Texts)]))
-    results: list[TokenizedPair | Unusable] = []
+    results: list[Group | Unusable] = []
     for pair, texts in zip(pairs, written, strict=True):
         try:
             results.append(
-                texts
-                if isinstance(texts, Unusable)
-                else _fit(pair.source, next(encoded), chat_format, limits)
+                texts if isinstance(texts, Unusable) else _fit(pair, next(encoded), chat_format, limits)
             )
         except Unusable as refusal:
             results.append(refusal)
     return results
 
 
-def _fit(source: str, ids: Sequence[list[int]], chat_format: ChatFormat, limits: Limits) -> TokenizedPair:
-    """The pair cut to its limits; raises Unusable."""
-    prompt, *responses = ids
+def _fit(pair: PreferencePair, ids: Sequence[list[int]], chat_format: ChatFormat, limits: Limits) -> Group:
+    """The group cut to its limits; raises Unusable."""
+    prompt, *answers = ids
     stop = chat_format.stop_token_id
     prompt_cut = len(prompt) > limits.max_prompt_length
     if prompt_cut:
@@ -353,18 +332,18 @@ def _fit(source: str, ids: Sequence[list[int]], chat_format: ChatFormat, limits:
         prompt = bos + prompt[len(prompt) - limits.max_prompt_length + len(bos) :]
     if not prompt:  # nothing would predict the response's first token
         raise Unusable("empty_prompt")
-    if not all(responses):
+    if not all(answers):
         raise Unusable("empty")
-    if any(stop in response for response in responses):
+    if any(stop in answer for answer in answers):
         raise Unusable("special_token_in_response")
     room = limits.max_length - len(prompt)
-    chosen_cut, rejected_cut = (len(response) + 1 > room for response in responses)
-    if limits.long_responses == "drop" and (chosen_cut or rejected_cut):
+    were_cut = [len(answer) + 1 > room for answer in answers]
+    if limits.long_responses == "drop" and any(were_cut):
         raise Unusable("response_too_long")
-    chosen, rejected = (tuple([*response, stop][:room]) for response in responses)
-    if chosen == rejected:
-        raise Unusable("same_after_cut" if chosen_cut or rejected_cut else "same")
-    return TokenizedPair(tuple(prompt), chosen, rejected, source, prompt_cut, chosen_cut, rejected_cut)
+    responses = tuple(tuple([*answer, stop][:room]) for answer in answers)
+    if len(set(responses)) < len(responses):
+        raise Unusable("same_after_cut" if any(were_cut) else "same")
+    return Group(tuple(prompt), responses, pair.source, (prompt_cut, *were_cut), pair.margin)
 
 
 def _adds_bos(tokenizer: Any) -> bool:

@@ -1,6 +1,6 @@
-"""Several processes as one trainer: which rank scores which pairs, what is summed, and the sharding by FSDP2.
+"""Several processes as one trainer: which rank scores which groups, what is summed, and the sharding by FSDP2.
 
-Every rank knows all pairs of a step and parts them in the same way, so nothing is negotiated: each takes its own
+Every rank knows all groups of a step and parts them in the same way, so nothing is negotiated: each takes its own
 share, and all take the same number of micro-batches, since a sharded forward needs every rank.
 """
 
@@ -24,8 +24,8 @@ from accelerate.utils import (
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from qorpo.data.pack import row_tokens, split_by_budget
-from qorpo.data.tokenize import TokenizedPair
+from qorpo.data.groups import Group, row_tokens
+from qorpo.data.pack import split_by_budget
 from qorpo.errors import RunError
 from qorpo.model.checkpointing import decoder_layers
 from qorpo.recipe import Recipe, load_recipe
@@ -46,13 +46,11 @@ class Ranks:
     device: torch.device | None = None
     keep_gradients: Any = field(default=contextlib.nullcontext)
 
-    def micro_batches(
-        self, pairs: Sequence[TokenizedPair], microbatch_tokens: int
-    ) -> list[list[TokenizedPair]]:
-        """This rank's rows of a step's pairs; empty ones at the end where another rank has more."""
+    def micro_batches(self, groups: Sequence[Group], microbatch_tokens: int) -> list[list[Group]]:
+        """This rank's rows of a step's groups; empty ones at the end where another rank has more."""
         if self.count == 1:
-            return split_by_budget(pairs, microbatch_tokens)
-        rows = [split_by_budget(share, microbatch_tokens) for share in shares(pairs, self.count)]
+            return split_by_budget(groups, microbatch_tokens)
+        rows = [split_by_budget(share, microbatch_tokens) for share in shares(groups, self.count)]
         mine = rows[self.index]
         return mine + [[]] * (max(map(len, rows)) - len(mine))
 
@@ -73,14 +71,14 @@ class Ranks:
         return found.item() == self.count
 
 
-def shares(pairs: Sequence[TokenizedPair], count: int) -> list[list[TokenizedPair]]:
-    """Pairs parted into `count` shares of about as many tokens: the longest first, each to the lightest share."""
-    parts: list[list[TokenizedPair]] = [[] for _ in range(count)]
+def shares(groups: Sequence[Group], count: int) -> list[list[Group]]:
+    """Groups parted into `count` shares of about as many tokens: the longest first, each to the lightest share."""
+    parts: list[list[Group]] = [[] for _ in range(count)]
     tokens = [0] * count
-    for pair in sorted(pairs, key=row_tokens, reverse=True):
+    for group in sorted(groups, key=row_tokens, reverse=True):
         lightest = tokens.index(min(tokens))
-        parts[lightest].append(pair)
-        tokens[lightest] += row_tokens(pair)
+        parts[lightest].append(group)
+        tokens[lightest] += row_tokens(group)
     return parts
 
 

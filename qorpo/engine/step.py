@@ -1,7 +1,7 @@
-"""A step's pairs -> micro-batches -> gradient: the batch is a promise, the micro-batch a detail.
+"""A step's groups -> micro-batches -> gradient: the batch is a promise, the micro-batch a detail.
 
 Loss and gradient are those of the whole step, whatever the split: the objective counts what its means are taken over
-(pairs, tokens) before the first backward. Legend: P pairs, M parts of a pair (prompt, chosen, rejected), S scored tokens.
+(groups, tokens) before the first backward. Legend: P groups, M segments of a group (prompt, responses), S scored tokens.
 """
 
 import contextlib
@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from qorpo.data.pack import PackedPairs, lengths_of, moved, pack_pairs
-from qorpo.data.tokenize import TokenizedPair
+from qorpo.data.groups import Group
+from qorpo.data.pack import PackedGroups, moved, pack_groups
 from qorpo.engine.distributed import Ranks
 from qorpo.objectives.base import Objective, Scores
 
@@ -18,8 +18,8 @@ ALONE = Ranks()
 
 
 def run_step(
-    scorer: Callable[[PackedPairs], torch.Tensor],
-    pairs: Sequence[TokenizedPair],
+    scorer: Callable[[PackedGroups], torch.Tensor],
+    groups: Sequence[Group],
     objective: Objective,
     *,
     microbatch_tokens: int,
@@ -27,22 +27,22 @@ def run_step(
     backward: Callable[[torch.Tensor], None] | None = None,
     ranks: Ranks = ALONE,
 ) -> dict[str, torch.Tensor]:
-    """Means over `pairs` of every metric of the objective, as tensors on the device (no synchronisation).
+    """Means over `groups` of every metric of the objective, as tensors on the device (no synchronisation).
 
-    Several ranks are given the same pairs, and each scores its share of them.
+    Several ranks are given the same groups, and each scores its share of them.
 
     Args:
-        scorer: PackedPairs -> (S,) log-probs, a `PairScorer` or what accelerate made of one.
-        microbatch_tokens: most tokens a row; a longer pair has a row of its own.
+        scorer: PackedGroups -> (S,) log-probs, a `Scorer`, or what accelerate made of one.
+        microbatch_tokens: most tokens a row; a longer group has a row of its own.
         backward: called with each micro-batch's share of the step's loss; the shares add up to it. None: score only.
     """
-    totals = objective.totals([lengths_of(pair) for pair in pairs])
+    totals = objective.totals([group.lengths for group in groups])
     sums: dict[str, torch.Tensor] = {}
-    rows = ranks.micro_batches(pairs, microbatch_tokens)
+    rows = ranks.micro_batches(groups, microbatch_tokens)
     # Nothing here waits for the device, so a row is packed and copied while it computes those before.
     for number, row in enumerate(rows, start=1):
         # A rank with nothing left scores the least there is, for nothing: the others need it.
-        packed = pack_pairs(row or [_least(pairs)], score_prompts=objective.scores_prompts).to(device)
+        packed = pack_groups(row or [_least(groups)], score_prompts=objective.scores_prompts).to(device)
         # Gradients are averaged over ranks.
         weight = ranks.count / totals.groups if row else 0.0
         with contextlib.nullcontext() if number == len(rows) else ranks.keep_gradients():
@@ -54,12 +54,12 @@ def run_step(
     return {name: value / totals.groups for name, value in ranks.summed(sums).items()}
 
 
-def _least(pairs: Sequence[TokenizedPair]) -> TokenizedPair:
-    token = pairs[0].prompt_ids[:1]
-    return TokenizedPair(token, token, token, "idle")
+def _least(groups: Sequence[Group]) -> Group:
+    token = groups[0].prompt_ids[:1]
+    return Group(token, (token,) * len(groups[0].responses), "idle")
 
 
-def scores_of(token_logps_S: torch.Tensor, packed: PackedPairs) -> Scores:
+def scores_of(token_logps_S: torch.Tensor, packed: PackedGroups) -> Scores:
     """Log-probs of a packed row's tokens, summed over each prompt and each response."""
     lengths_PM = moved(torch.tensor(packed.lengths, dtype=torch.float64), token_logps_S.device)
-    return Scores.of_tokens(token_logps_S, packed.sides, lengths_PM)
+    return Scores.of_tokens(token_logps_S, packed.segments, lengths_PM)

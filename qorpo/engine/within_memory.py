@@ -7,8 +7,8 @@ from typing import TypeVar
 
 import torch
 
-from qorpo.data.pack import row_tokens, split_by_budget
-from qorpo.data.tokenize import TokenizedPair
+from qorpo.data.groups import Group, row_tokens
+from qorpo.data.pack import split_by_budget
 from qorpo.out_of_memory import is_out_of_memory, shortage_of
 
 logger = logging.getLogger(__name__)
@@ -16,28 +16,28 @@ T = TypeVar("T")
 
 
 class StepTooLargeError(MemoryError):
-    """Memory ran out although each micro-batch that is as long as any held one pair."""
+    """Memory ran out although each micro-batch that is as long as any held one group."""
 
 
 def within_memory(
     attempt: Callable[[int], T],
-    pairs: Sequence[TokenizedPair],
+    groups: Sequence[Group],
     microbatch_tokens: int,
     undo: Callable[[], None] = lambda: None,
 ) -> tuple[T, int]:
     """`attempt(microbatch_tokens)`, and for as long as memory runs out in it, the whole again with half the tokens.
 
     Args:
-        attempt: what scores all of `pairs` in micro-batches of at most so many tokens.
+        attempt: what scores all of `groups` in micro-batches of at most so many tokens.
         undo: takes back what a broken attempt left, such as gradients of its first micro-batches.
 
     Returns:
         What `attempt` gave, and the tokens with which it succeeded.
 
     Raises:
-        StepTooLargeError: where smaller micro-batches would be no smaller, since the longest pair alone is as long.
+        StepTooLargeError: where smaller micro-batches would be no smaller, since the longest group alone is as long.
     """
-    longest_pair = max(map(row_tokens, pairs))
+    longest_group = max(map(row_tokens, groups))
     while True:
         try:
             return attempt(microbatch_tokens), microbatch_tokens
@@ -48,11 +48,11 @@ def within_memory(
         # Out of the except clause, whose traceback holds the broken attempt's tensors.
         undo()
         free_memory()
-        rows = split_by_budget(pairs, microbatch_tokens)
+        rows = split_by_budget(groups, microbatch_tokens)
         longest_row = max(sum(map(row_tokens, row)) for row in rows)
-        if longest_row == longest_pair:
+        if longest_row == longest_group:
             raise StepTooLargeError(shortage)
-        smaller = max(longest_row // 2, longest_pair)
+        smaller = max(longest_row // 2, longest_group)
         logger.warning(
             "out of memory in micro-batches of %d tokens (%s); the step is done again in micro-batches of %d",
             longest_row, shortage, smaller,

@@ -11,7 +11,7 @@ from typing import Any, cast, get_args
 import torch
 
 from qorpo.build import build_objective
-from qorpo.data.tokenize import TokenizedPair
+from qorpo.data.groups import Group
 from qorpo.engine.device import computes_bfloat16
 from qorpo.errors import DataError, QorpoError, RecipeError, RunError
 from qorpo.merging.outline import Onto, Plan, make_plan
@@ -177,7 +177,7 @@ def _write(
 
 def _pairs_to_verify_by(
     verify: bool | str | Path, base: Base, trained: Sequence[Trained], plan: Plan, *, or_fail: bool
-) -> list[TokenizedPair]:
+) -> list[Group]:
     """Pairs, where there are any and memory for them; says what it will take, or why there is no verification.
 
     Raises:
@@ -208,7 +208,7 @@ def _pairs_to_verify_by(
 
 
 def _verified(
-    output: Path, base: Base, trained: Sequence[Trained], pairs: list[TokenizedPair], onto: Onto
+    output: Path, base: Base, trained: Sequence[Trained], pairs: list[Group], onto: Onto
 ) -> Verification:
     """Judged by the adapter on the weights that it was merged onto; those it was trained on are reported too."""
     recipe = trained[0].recipe

@@ -16,15 +16,15 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
 from qorpo.build import limits_of, load_data
-from qorpo.data.pack import row_tokens
+from qorpo.data.groups import Group, row_tokens
 from qorpo.data.sources import load_pairs
-from qorpo.data.tokenize import ChatFormat, TokenizedPair, tokenize_pairs
+from qorpo.data.tokenize import ChatFormat, tokenize_pairs
 from qorpo.engine.step import run_step
 from qorpo.merging.adapter import Adapter
 from qorpo.merging.source import Base
 from qorpo.model.adapters import compute_in_base_type, output_head
 from qorpo.model.load import load_model, load_tokenizer
-from qorpo.model.scoring import PairScorer, logit_scale, logit_softcap
+from qorpo.model.scoring import Scorer, logit_scale, logit_softcap
 from qorpo.model.selfcheck import make_scorer
 from qorpo.objectives.base import Objective
 from qorpo.ops.log_probs import next_token_logps
@@ -101,9 +101,7 @@ class Verification:
         }
 
 
-def evaluation_pairs(
-    source: str | Path | None, recipe: Recipe | None, tokenizer_folder: str
-) -> list[TokenizedPair]:
+def evaluation_pairs(source: str | Path | None, recipe: Recipe | None, tokenizer_folder: str) -> list[Group]:
     """Pairs of a file, else of the run's own evaluation, as tokens; none where there is neither.
 
     Raises:
@@ -113,14 +111,14 @@ def evaluation_pairs(
     chat = ChatFormat(load_tokenizer(tokenizer_folder, trust_remote_code=remote_code))
     if source is not None:
         keys = recipe.data if recipe else DataRecipe(train=("none",))
-        return list(tokenize_pairs(load_pairs(source), chat, limits_of(keys)).pairs)
+        return list(tokenize_pairs(load_pairs(source), chat, limits_of(keys)).groups)
     if recipe is None or recipe.data.eval is None:
         return []
     found = load_data(recipe, chat).eval
-    return list(found.pairs) if found else []
+    return list(found.groups) if found else []
 
 
-def memory_needed(parameters: int, vocabulary: int, hidden: int, pairs: Sequence[TokenizedPair]) -> int:
+def memory_needed(parameters: int, vocabulary: int, hidden: int, pairs: Sequence[Group]) -> int:
     """Bytes that verifying takes: a model in bfloat16, two heads in float32, hidden states, and room to work."""
     scored = sum(map(row_tokens, pairs))  # the prompts too, where the run's NLL is over them
     heads = 2 * 4 * vocabulary * hidden
@@ -138,7 +136,7 @@ def verify_merged(
     merged: Path,
     base: Base,
     adapters: Sequence[Adapter],
-    pairs: Sequence[TokenizedPair],
+    pairs: Sequence[Group],
     *,
     references: Sequence[str],
     objective: Objective,
@@ -191,7 +189,7 @@ def with_adapters(model: Any, adapters: Sequence[Adapter]) -> PeftModel:
     return peft_model.requires_grad_(False)
 
 
-class _KeepingScorer(PairScorer):
+class _KeepingScorer(Scorer):
     """Keeps the hidden states of the scored places on their way into the head."""
 
     hidden: list[torch.Tensor]
@@ -222,7 +220,7 @@ class _Scores:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, model: Any, pairs: Sequence[TokenizedPair], objective: Objective) -> "_Scores":
+    def of(cls, model: Any, pairs: Sequence[Group], objective: Objective) -> "_Scores":
         model.eval()
         scorer = _KeepingScorer(model, make_scorer(model).mode)
         scorer.hidden = []

@@ -1,11 +1,11 @@
-"""Attention over packed pairs in which chosen and rejected share their prompt.
+"""Attention over packed groups, in which responses share their prompt.
 
-Legend: T tokens of the row, N = 2P sequences, K gathered keys, D head size.
+Legend: T tokens of the row, N sequences, one a response, K gathered keys, D head size.
 
-Token j attends to i ≤ j where i is in its pair's prompt or in its own response. As variable-length attention this is
-two sequences a pair: [prompt, chosen] over its own keys, and rejected's queries over the keys [prompt, rejected],
-causal and aligned at the end. Queries keep the row's order; keys and values are gathered, and autograd sums the
-prompt's gradient. Within a sequence, index and position are one, so a sliding window is counted in keys.
+Token j attends to i ≤ j where i is in its group's prompt or in its own response. As variable-length attention this is
+one sequence a response: [prompt, first response] over its own keys, and each other response's queries over the keys
+[prompt, response], causal and aligned at the end. Queries keep the row's order; keys and values are gathered, and
+autograd sums the prompt's gradient. Within a sequence, index and position are one, so a sliding window is counted in keys.
 
 `packed_attention` is registered with transformers under `PACKED`; the layout reaches it as the keyword
 `packed_layout` of the model's forward. The dense twin is `dense_mask`.
@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
-from qorpo.data.pack import PackedPairs, PairLengths, moved
+from qorpo.data.groups import GroupLengths
+from qorpo.data.pack import PackedGroups, moved
 from qorpo.errors import ModelError
 
 PACKED = "qorpo_packed"
@@ -35,7 +36,7 @@ class PackedLayout:
     """Who attends to whom in one row, worked out once a micro-batch and handed to every layer."""
 
     kernel: Kernel
-    lengths: tuple[PairLengths, ...]
+    lengths: tuple[GroupLengths, ...]
     key_index: torch.Tensor  # (K,) int64: places in the row of each sequence's keys, sequence after sequence
     query_ends: torch.Tensor  # (N + 1,) int32: cumulative query lengths
     key_ends: torch.Tensor  # (N + 1,) int32: cumulative key lengths
@@ -47,22 +48,21 @@ class PackedLayout:
     masks: dict[tuple[int, int, int | None], torch.Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, packed: PackedPairs, kernel: Kernel) -> "PackedLayout":
+    def of(cls, packed: PackedGroups, kernel: Kernel) -> "PackedLayout":
         device = packed.input_ids.device
         query_lengths: list[int] = []
         key_lengths: list[int] = []
         keys: list[int] = []
         start = 0
-        for prompt, chosen, rejected in packed.lengths:
-            query_lengths += [prompt + chosen, rejected]
-            key_lengths += [prompt + chosen, prompt + rejected]
-            chosen_end = start + prompt + chosen
-            keys += [
-                *range(start, chosen_end),
-                *range(start, start + prompt),
-                *range(chosen_end, chosen_end + rejected),
-            ]
-            start = chosen_end + rejected
+        for prompt, first, *others in packed.lengths:
+            query_lengths += [prompt + first, *others]
+            key_lengths += [prompt + first, *(prompt + other for other in others)]
+            end = start + prompt + first
+            keys += range(start, end)
+            for other in others:
+                keys += [*range(start, start + prompt), *range(end, end + other)]
+                end += other
+            start = end
 
         def ends(lengths: list[int]) -> torch.Tensor:
             return moved(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), device)
@@ -132,16 +132,17 @@ def _sequence_at_a_time(layout, query, key, value, scale, dropout, window, softc
         # As fast there, more exact, and the bfloat16 kernel's backward keeps megabytes for every new length it meets.
         query, key, value = query.float(), key.float(), value.float()
     # Split, not sliced: its backward is one concatenation instead of a zero-filled row for every slice.
-    parts = [tokens for prompt, chosen, rejected in layout.lengths for tokens in (prompt + chosen, rejected)]
+    parts = [tokens for prompt, first, *others in layout.lengths for tokens in (prompt + first, *others)]
     queries, keys, values = (iter(tensor.split(parts, dim=2)) for tensor in (query, key, value))
     options = (scale, dropout, window, softcap)
     outputs = []
-    for prompt, _, _ in layout.lengths:
+    for prompt, _, *others in layout.lengths:
         own_key, own_value = next(keys), next(values)
         outputs.append(_attend_once(layout, next(queries), own_key, own_value, *options))
-        shared_key = torch.cat([own_key[:, :, :prompt], next(keys)], dim=2)
-        shared_value = torch.cat([own_value[:, :, :prompt], next(values)], dim=2)
-        outputs.append(_attend_once(layout, next(queries), shared_key, shared_value, *options))
+        for _ in others:
+            shared_key = torch.cat([own_key[:, :, :prompt], next(keys)], dim=2)
+            shared_value = torch.cat([own_value[:, :, :prompt], next(values)], dim=2)
+            outputs.append(_attend_once(layout, next(queries), shared_key, shared_value, *options))
     return torch.cat(outputs, dim=2).transpose(1, 2).to(dtype)
 
 
@@ -251,22 +252,27 @@ def expected_windows(config: Any) -> list[int | None]:
     return [windows[kind] for kind in kinds]
 
 
-def dense_mask(packed: PackedPairs, dtype: torch.dtype, window: int | None = None) -> torch.Tensor:
+def dense_mask(packed: PackedGroups, dtype: torch.dtype, window: int | None = None) -> torch.Tensor:
     """(1, 1, T, T) additive mask that says the same as the layout, for models without exchangeable attention.
 
     0 where token j may attend to i, the type's lowest value elsewhere. Costs T² memory a micro-batch.
     """
     device = packed.input_ids.device
-    part_lengths, num_tokens = torch.tensor(packed.lengths).flatten(), packed.input_ids.shape[1]
-    part_T = torch.repeat_interleave(  # 3·pair + side
-        torch.arange(len(part_lengths)), part_lengths, output_size=num_tokens
-    )
-    part_T = moved(part_T, device)
+    segments = [(tokens, part) for lengths in packed.lengths for part, tokens in enumerate(lengths)]
+    tokens_N, part_N = torch.tensor(segments).unbind(1)
+    segment_N = torch.arange(len(segments))
+
+    def of_tokens(value_N: torch.Tensor) -> torch.Tensor:
+        value_T = torch.repeat_interleave(value_N, tokens_N, output_size=packed.input_ids.shape[1])
+        return moved(value_T, device)
+
+    segment_T, prompt_T = (
+        of_tokens(segment_N),
+        of_tokens(segment_N - part_N),
+    )  # its own, and its group's prompt
     position_T = packed.position_ids[0]
-    same_part = part_T[:, None] == part_T
-    own_prompt = (part_T[:, None] // 3 == part_T // 3) & (part_T % 3 == 0)
     behind = position_T[:, None] - position_T
-    allowed = (same_part | own_prompt) & (behind >= 0)
+    allowed = ((segment_T[:, None] == segment_T) | (prompt_T[:, None] == segment_T)) & (behind >= 0)
     if window is not None:
         allowed &= behind < window
     blocked = torch.finfo(dtype).min

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from qorpo.data.pack import PackedPairs, lengths_of, pack_pairs
-from qorpo.data.tokenize import TokenizedPair
-from qorpo.model.scoring import PairScorer
+from qorpo.data.groups import Group
+from qorpo.data.pack import PackedGroups, pack_groups
+from qorpo.model.scoring import Scorer
 
 LONGEST_WINDOW = 300
 """The longest window that the check looks beyond, in tokens; more would take memory that a large model may not have."""
@@ -27,25 +27,21 @@ MORE_TOKENS = 5
 class Probe:
     """A row, and which of its tokens to look at."""
 
-    packed: PackedPairs
+    packed: PackedGroups
     parts_T: torch.Tensor  # each token's prompt or response: 3·pair + 0, 1 or 2
     first_T: torch.Tensor  # bool: those that the row has with shorter responses too
     first_S: torch.Tensor  # the same of the scored tokens
     upstream_S: torch.Tensor  # the gradient of each log-prob
 
     @classmethod
-    def of(cls, pairs: Sequence[TokenizedPair], more: int, device: torch.device) -> "Probe":
+    def of(cls, pairs: Sequence[Group], more: int, device: torch.device) -> "Probe":
         """The pairs with `more` tokens behind each response: they change nothing before them but its rounding."""
         longer = [
-            replace(
-                pair,
-                chosen_ids=pair.chosen_ids + pair.prompt_ids[:1] * more,
-                rejected_ids=pair.rejected_ids + pair.prompt_ids[:1] * more,
-            )
+            replace(pair, responses=tuple(ids + pair.prompt_ids[:1] * more for ids in pair.responses))
             for pair in pairs
         ]
-        packed = pack_pairs(longer, score_prompts=True).to(device)
-        counts = torch.tensor([lengths_of(pair) for pair in pairs]).flatten()
+        packed = pack_groups(longer, score_prompts=True).to(device)
+        counts = torch.tensor([pair.lengths for pair in pairs]).flatten()
         lengths = torch.tensor(packed.lengths).flatten()
         unscored = torch.tensor([1, 0, 0]).repeat(len(pairs))  # a prompt's first token
         first_S = _first(counts - unscored, lengths - unscored).to(device)
@@ -53,7 +49,7 @@ class Probe:
         weights = torch.tensor([0.0, 1 / 16, 1.0]).repeat(len(pairs)) / counts
         return cls(
             packed, torch.repeat_interleave(lengths).to(device), _first(counts, lengths).to(device),
-            first_S, weights.to(device)[packed.sides] * first_S,
+            first_S, weights.to(device)[packed.segments] * first_S,
         )  # fmt: skip
 
 
@@ -70,7 +66,7 @@ def probe_rows(model: Any) -> tuple[Probe, Probe]:
     return Probe.of(pairs, 0, model.device), Probe.of(pairs, MORE_TOKENS, model.device)
 
 
-def _probe_pairs(model: Any) -> list[TokenizedPair]:
+def _probe_pairs(model: Any) -> list[Group]:
     """Two pairs of fixed pseudo-random tokens, the second's chosen response longer than the model's smallest window.
 
     So a window, or a distance, that goes by the place in the row instead of the position parts rejected from its
@@ -90,10 +86,7 @@ def _probe_pairs(model: Any) -> list[TokenizedPair]:
     def tokens(count: int) -> tuple[int, ...]:
         return tuple(torch.randint(config.vocab_size, (count,), generator=generator).tolist())
 
-    return [
-        TokenizedPair(tokens(prompt), tokens(chosen), tokens(rejected), "self-check")
-        for prompt, chosen, rejected in ((9, 7, 5), (6, long, 8))
-    ]
+    return [Group.of(map(tokens, lengths), "self-check") for lengths in ((9, 7, 5), (6, long, 8))]
 
 
 @dataclass(frozen=True)
@@ -117,7 +110,7 @@ class Observed:
         return logps, max(relative, key=lambda error: math.inf if math.isnan(error) else error)
 
 
-def observed(scorer: PairScorer, call: Callable[..., torch.Tensor], probe: Probe, **options: Any) -> Observed:
+def observed(scorer: Scorer, call: Callable[..., torch.Tensor], probe: Probe, **options: Any) -> Observed:
     """What the scorer makes of a probe, called as `call(packed, **options)`."""
     packed, seen = probe.packed, list[torch.Tensor]()
 
@@ -144,7 +137,7 @@ def observed(scorer: PairScorer, call: Callable[..., torch.Tensor], probe: Probe
     )
 
 
-def _by_row(packed: PackedPairs, gradients: list[torch.Tensor]) -> torch.Tensor | None:
+def _by_row(packed: PackedGroups, gradients: list[torch.Tensor]) -> torch.Tensor | None:
     """(T, H) of the row's tokens, from one forward of it, or from two a pair, which share its prompt."""
     if len(gradients) != 2 * len(packed.lengths):
         whole = len(gradients) == 1 and len(gradients[0]) == packed.input_ids.shape[1]

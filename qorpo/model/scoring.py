@@ -1,4 +1,4 @@
-"""Token log-probabilities of packed pairs, through the model's own forward. Legend: T row tokens, S scored, H hidden."""
+"""Token log-probabilities of packed groups, through the model's own forward. Legend: T row tokens, S scored, H hidden."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from qorpo.data.pack import PackedPairs
+from qorpo.data.pack import PackedGroups
 from qorpo.errors import ModelError
 from qorpo.model.adapters import output_head
 from qorpo.model.attention import PACKED, Kernel, PackedLayout, dense_mask, expected_windows
@@ -17,8 +17,8 @@ from qorpo.ops.log_probs import token_logps
 Mode = Literal["flash", "varlen", "sdpa", "dense", "separate"]
 
 
-class PairScorer(nn.Module):
-    """A causal language model as the function PackedPairs -> (S,) float32 log-probs of the scored tokens.
+class Scorer(nn.Module):
+    """A causal language model as the function PackedGroups -> (S,) float32 log-probs of the scored tokens.
 
     The head is computed in chunks inside the model's own forward, where its output head is called, so wrappers'
     hooks (PEFT, accelerate, FSDP) run and no (T, V) logits exist. `mode` says how a row is attended:
@@ -65,7 +65,7 @@ class PairScorer(nn.Module):
         finally:
             config._attn_implementation = own
 
-    def forward(self, packed: PackedPairs, by_own_logits: bool = False) -> torch.Tensor:
+    def forward(self, packed: PackedGroups, by_own_logits: bool = False) -> torch.Tensor:
         """(S,) log-probs in the order of `packed.targets`; float64 for a float64 model.
 
         With `by_own_logits` they are `own_logps`.
@@ -115,7 +115,7 @@ class PairScorer(nn.Module):
         assert len(logps) == 1, f"the output head was called {len(logps)} times in one forward"
         return logps[0]
 
-    def _one_by_one(self, packed: PackedPairs) -> torch.Tensor:
+    def _one_by_one(self, packed: PackedGroups) -> torch.Tensor:
         """The plain way: each sequence a forward of its own, prompts twice."""
         logps = [
             self._score({"input_ids": ids_1T}, predictors, targets)
@@ -123,7 +123,7 @@ class PairScorer(nn.Module):
         ]
         return torch.cat(logps)
 
-    def _masks(self, packed: PackedPairs) -> torch.Tensor | dict[str, torch.Tensor]:
+    def _masks(self, packed: PackedGroups) -> torch.Tensor | dict[str, torch.Tensor]:
         config, dtype = self.text_config, self.model.dtype
         kinds = getattr(config, "layer_types", None)
         window = getattr(config, "sliding_window", None)
@@ -136,7 +136,7 @@ class PairScorer(nn.Module):
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
 
-def own_logps(model: Any, packed: PackedPairs) -> torch.Tensor:
+def own_logps(model: Any, packed: PackedGroups) -> torch.Tensor:
     """(S,) log-probs by the plainest way there is: the model's own logits of each sequence alone."""
     logps = []
     for ids_1T, predictors, targets in sequences(packed):
@@ -146,20 +146,20 @@ def own_logps(model: Any, packed: PackedPairs) -> torch.Tensor:
     return torch.cat(logps)
 
 
-def sequences(packed: PackedPairs) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+def sequences(packed: PackedGroups) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Each sequence by itself: its ids (1, L), and the places and targets that are scored in it.
 
-    Two a pair, prompt with chosen and prompt with rejected; in this order the scored tokens are those of `packed`.
+    One a response, after its prompt; in this order the scored tokens are those of `packed`.
     """
+    segments = iter(packed.input_ids[0].split([tokens for lengths in packed.lengths for tokens in lengths]))
+    predictors = packed.position_ids[0].index_select(0, packed.predictors)  # a place in the sequence alone
     start = 0
-    for lengths in packed.lengths:
-        prompt, *responses = packed.input_ids[0, start : start + sum(lengths)].split(lengths)
-        for response, scored_from in zip(
-            responses, (1 if packed.scores_prompts else len(prompt), len(prompt)), strict=True
-        ):
-            ids = torch.cat([prompt, response])
-            yield ids[None], torch.arange(scored_from - 1, len(ids) - 1, device=ids.device), ids[scored_from:]
-        start += sum(lengths)
+    for in_prompt, first, *others in packed.scored:
+        prompt = next(segments)
+        for count in (in_prompt + first, *others):
+            mine = slice(start, start + count)
+            yield torch.cat([prompt, next(segments)])[None], predictors[mine], packed.targets[mine]
+            start += count
 
 
 def logit_scale(config: Any) -> float:

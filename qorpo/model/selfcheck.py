@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from qorpo.data.pack import PackedPairs
+from qorpo.data.pack import PackedGroups
 from qorpo.errors import ModelError
 from qorpo.model.liger import has_liger, own_modules, remove_liger
 from qorpo.model.probe import Observed, Probe, observed, probe_rows
-from qorpo.model.scoring import Mode, PairScorer
+from qorpo.model.scoring import Mode, Scorer
 from qorpo.out_of_memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -30,15 +30,15 @@ NOISE = 4.0
 """So many times its own noise may a way of attending be off: the model's, in rows of another length."""
 
 
-def make_scorer(model: Any, attention: str = "auto", chunk_tokens: int = 256) -> PairScorer:
+def make_scorer(model: Any, attention: str = "auto", chunk_tokens: int = 256) -> Scorer:
     """A scorer whose log-probs were found equal to the model's own; see `resolve_mode`."""
-    scorer = PairScorer(model, chunk_tokens=chunk_tokens)
+    scorer = Scorer(model, chunk_tokens=chunk_tokens)
     resolve_mode(scorer, scorer, attention)
     return scorer
 
 
 def resolve_mode(
-    scorer: PairScorer,
+    scorer: Scorer,
     call: Callable[..., torch.Tensor],
     attention: str = "auto",
     dtype: torch.dtype | None = None,
@@ -70,7 +70,7 @@ def resolve_mode(
 
 
 def _resolve_mode(
-    scorer: PairScorer, call: Callable[..., torch.Tensor], attention: str, dtype: torch.dtype | None
+    scorer: Scorer, call: Callable[..., torch.Tensor], attention: str, dtype: torch.dtype | None
 ) -> None:
     model, config = scorer.model, scorer.text_config
     dtype = dtype or model.dtype
@@ -122,7 +122,7 @@ def varlen_has_all(config: Any) -> bool:
 
 
 def _difference(
-    scorer: PairScorer,
+    scorer: Scorer,
     call: Callable[..., torch.Tensor],
     probe: Probe,
     own: Observed,
@@ -142,21 +142,22 @@ def _difference(
         return f"log-probs differ from the model's own by {logps:.2g} nats on average"
     if not gradients <= allowed[1]:
         return f"gradients differ from the model's own by {gradients:.2g} of their size"
-    last_rejected = probe.packed.sides == probe.packed.sides.max()
-    leak = (found.logps_S - others_changed_S)[last_rejected].abs().mean().item()
+    last_response = probe.packed.segments == probe.packed.segments.max()
+    leak = (found.logps_S - others_changed_S)[last_response].abs().mean().item()
     if not leak <= FLOORS[torch.float64][0]:
         return f"a response's log-probs change by {leak:.2g} nats with other sequences' tokens"
     return None
 
 
-def _with_other_tokens_changed(packed: PackedPairs) -> PackedPairs:
-    """The same row but for every token that the last rejected response must not see: nothing of it may change.
+def _with_other_tokens_changed(packed: PackedGroups) -> PackedGroups:
+    """The same row but for every token that the last response must not see: nothing of it may change.
 
     The sharper half of the check: no rounding stands between the two, so a leak shows however weakly a model attends.
     """
-    prompt, chosen, rejected = packed.lengths[-1]
+    prompt, *responses = packed.lengths[-1]
     ids_T = packed.input_ids[0].clone()
-    for hidden_from_it in (ids_T[: -(prompt + chosen + rejected)], ids_T[-(chosen + rejected) : -rejected]):
+    in_group = sum(responses)
+    for hidden_from_it in (ids_T[: -(prompt + in_group)], ids_T[-in_group : -responses[-1]]):
         hidden_from_it.copy_(hidden_from_it.flip(0))
     return replace(packed, input_ids=ids_T[None])
 

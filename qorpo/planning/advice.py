@@ -5,7 +5,7 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
-from qorpo.planning.counter import MemorySettings, StepCounter
+from qorpo.planning.counter import MemorySettings, StepCounter, length_within
 from qorpo.planning.largest import longest_row_that_fits
 from qorpo.planning.settings import (
     CONTEXT_BYTES,
@@ -96,7 +96,7 @@ def _shorter_or_nothing(
     """Shorter pairs cost what is learned from long ones; below them there is only another card or model."""
     changed = _after(recipe, changes)
     row_tokens = longest_row_that_fits(changed, counter.changed(changed), SMALLEST_CHUNK, room_bytes)
-    max_length = (row_tokens + 1) // 2
+    max_length = length_within(row_tokens, counter.num_responses)
     if max_length >= SHORTEST_USEFUL:
         return [
             *_with_savings(recipe, counter, changes),

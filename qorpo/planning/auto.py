@@ -8,11 +8,11 @@ from typing import Any
 import psutil
 import torch
 
-from qorpo.data.pack import PairLengths, pack_pairs
-from qorpo.data.tokenize import TokenizedPair
+from qorpo.data.groups import Group, GroupLengths
+from qorpo.data.pack import pack_groups
 from qorpo.errors import PlanError
 from qorpo.model.checkpointing import decoder_layers
-from qorpo.model.scoring import PairScorer
+from qorpo.model.scoring import Scorer
 from qorpo.planning.advice import advise
 from qorpo.planning.counter import MemorySettings, StepCounter
 from qorpo.planning.settings import (
@@ -38,7 +38,7 @@ HOST_SHARE = 0.25
 def resolve_memory(
     recipe: Recipe,
     model: Any,
-    longest: PairLengths,
+    longest: GroupLengths,
     *,
     device: torch.device,
     dtype: torch.dtype,
@@ -51,7 +51,7 @@ def resolve_memory(
 
     Args:
         model: loaded, with adapters, and wherever it is to be but for a model that is sharded afterwards.
-        longest: the longest pair of the data.
+        longest: the longest group of the data.
         device: where it trains.
         dtype: what it computes in.
         ranks: processes that share each step, of which all must call this together.
@@ -92,10 +92,9 @@ def _planned(recipe: Recipe, counter: StepCounter, room_bytes: int) -> MemorySet
     return settings
 
 
-def kept_bytes(model: Any, attention: str, longest: PairLengths) -> int:
-    """What autograd keeps of one pair's forward: counted, which takes as long as the forward and needs as much memory."""
-    prompt, chosen, rejected = ((1,) * length for length in longest)
-    scorer = PairScorer(model, attention)  # type: ignore[arg-type]
+def kept_bytes(model: Any, attention: str, longest: GroupLengths) -> int:
+    """What autograd keeps of one group's forward: counted, which takes as long as the forward and needs as much memory."""
+    scorer = Scorer(model, attention)  # type: ignore[arg-type]
     standing = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}
 
@@ -106,18 +105,18 @@ def kept_bytes(model: Any, attention: str, longest: PairLengths) -> int:
         return tensor
 
     with scorer.packed_attention(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        scorer(pack_pairs([TokenizedPair(prompt, chosen, rejected, "plan")]).to(model.device))
+        scorer(pack_groups([Group.of(((1,) * tokens for tokens in longest), "plan")]).to(model.device))
     return sum(kept.values())
 
 
-def planned_bytes(recipe: Recipe, model: Any, longest: PairLengths) -> int:
+def planned_bytes(recipe: Recipe, model: Any, longest: GroupLengths) -> int:
     """What `torch.cuda.max_memory_reserved` is to say of steps by a resolved recipe."""
     counter = _counter(recipe, model, longest, model.device, model.dtype)
     settings = fixed_settings(recipe.memory, counter.num_layers, on_cuda=counter.on_cuda)
     return reserved_bytes(counter.count(settings).peak.total_bytes)
 
 
-def advice_for(recipe: Recipe, model: Any, longest: PairLengths, dtype: torch.dtype) -> str:
+def advice_for(recipe: Recipe, model: Any, longest: GroupLengths, dtype: torch.dtype) -> str:
     """What to change in a resolved recipe that ran out of memory."""
     try:
         counter = _counter(recipe, model, longest, model.device, dtype)
@@ -137,7 +136,7 @@ def _together(recipe: Recipe, counter: StepCounter, settings: MemorySettings, ro
 def _counter(
     recipe: Recipe,
     model: Any,
-    longest: PairLengths,
+    longest: GroupLengths,
     device: torch.device,
     dtype: torch.dtype,
     ranks: int = 1,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from qorpo.data.pack import PairLengths
+from qorpo.data.groups import GroupLengths
 from qorpo.errors import ModelError, PlanError
 from qorpo.model.checkpointing import decoder_layers
 from qorpo.model.scoring import Mode
@@ -38,7 +38,7 @@ class StepCounter:
     Args:
         config: the model's.
         recipe: resolved; its memory section is not read.
-        longest: the longest pair there can be; rows are filled with pairs as long.
+        longest: the longest group there can be; rows are filled with groups as long.
         dtype: of the base's weights that are not quantized.
         ranks: processes that share each step's pairs; under `memory.sharding: full` they share the weights too.
         modes: ways to attend, of which the first that the model takes is counted; None: as its load would try them.
@@ -49,7 +49,7 @@ class StepCounter:
         config: PretrainedConfig,
         recipe: Recipe,
         *,
-        longest: PairLengths,
+        longest: GroupLengths,
         modes: list[Mode] | None = None,
         on_cuda: bool,
         dtype: torch.dtype = torch.bfloat16,
@@ -73,23 +73,27 @@ class StepCounter:
     def changed(
         self,
         recipe: Recipe | None = None,
-        longest: PairLengths | None = None,
+        longest: GroupLengths | None = None,
         ranks: int | None = None,
     ) -> "StepCounter":
-        """The same for another recipe (its rank, optimizer, quantization), longest pair or number of ranks."""
+        """The same for another recipe (its rank, optimizer, quantization), longest group or number of ranks."""
         other = copy.copy(self)
         other.recipe, other.longest = recipe or self.recipe, longest or self.longest
         other.ranks = ranks or self.ranks
         other._counted = {}
         return other
 
-    def rows(self, settings: MemorySettings) -> tuple[PairLengths, ...]:
-        """The pairs of the largest micro-batch there can be: the longest, and another in what room they leave."""
+    def rows(self, settings: MemorySettings) -> tuple[GroupLengths, ...]:
+        """The groups of the largest micro-batch there can be: the longest, and another in what room they leave."""
         num_whole, left = divmod(settings.microbatch_tokens, sum(self.longest))
         rows = [self.longest] * max(1, num_whole)
-        if num_whole and left >= 3:
-            rows.append(pair_of(left))
+        if num_whole and left >= len(self.longest):
+            rows.append(group_of(left, self.num_responses))
         return tuple(rows[: self.pairs_per_rank])
+
+    @property
+    def num_responses(self) -> int:
+        return len(self.longest) - 1
 
     @property
     def pairs_per_rank(self) -> int:
@@ -146,7 +150,7 @@ class StepCounter:
         return self._counted[key]
 
     def _count_anew(
-        self, rows: tuple[PairLengths, ...], settings: MemorySettings, config: PretrainedConfig
+        self, rows: tuple[GroupLengths, ...], settings: MemorySettings, config: PretrainedConfig
     ) -> StepMemory:
         failures = []
         for mode in self.modes:
@@ -203,7 +207,12 @@ def likely_modes(config: PretrainedConfig, attention: str, *, on_cuda: bool) -> 
     return [*(["varlen"] if has_kernel else []), "sdpa", "dense", "separate"]  # type: ignore[list-item]
 
 
-def pair_of(row_tokens: int) -> PairLengths:
-    """The pair of so many row tokens that needs most: next to no prompt, so that most of its tokens are scored."""
-    answers = row_tokens - 1
-    return PairLengths(1, answers - answers // 2, answers // 2)
+def group_of(row_tokens: int, num_responses: int) -> GroupLengths:
+    """The group of so many row tokens that needs most: next to no prompt, so that most of its tokens are scored."""
+    size, more = divmod(row_tokens - 1, num_responses)
+    return 1, *(size + (number < more) for number in range(num_responses))
+
+
+def length_within(row_tokens: int, num_responses: int) -> int:
+    """The data.max_length whose longest group takes at most so many row tokens; 0 for none."""
+    return (row_tokens - 1) // num_responses + 1

@@ -12,7 +12,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from qorpo.engine.distributed import precision
 from qorpo.model.checkpointing import decoder_layers
-from qorpo.model.scoring import PairScorer
+from qorpo.model.scoring import Scorer
 
 
 @contextmanager
@@ -37,7 +37,7 @@ def _fake_mesh() -> DeviceMesh:
     return DeviceMesh.from_group(dist.new_group(backend="fake"), "cpu")
 
 
-def shard(scorer: PairScorer, mesh: DeviceMesh, compute_dtype: torch.dtype | None) -> None:
+def shard(scorer: Scorer, mesh: DeviceMesh, compute_dtype: torch.dtype | None) -> None:
     """What accelerate makes of a scorer by the plugin of `make_accelerator`."""
     for layer in decoder_layers(scorer.model):
         fully_shard(layer, mesh=mesh, mp_policy=precision(compute_dtype), reshard_after_forward=True)

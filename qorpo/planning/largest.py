@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-from qorpo.planning.counter import MemorySettings, StepCounter, pair_of
+from qorpo.planning.counter import MemorySettings, StepCounter, group_of
 from qorpo.planning.settings import frugal, reserved_bytes
 from qorpo.planning.step_memory import OPTIMIZER
 from qorpo.recipe import Recipe
@@ -15,7 +15,7 @@ NEAR = 1.2
 
 
 def longest_row_that_fits(recipe: Recipe, counter: StepCounter, chunk_tokens: int, room_bytes: int) -> int:
-    """Tokens of the longest row, one pair, that fits with all that `auto` may do; 0 where none does."""
+    """Tokens of the longest row, one group, that fits with all that `auto` may do; 0 where none does."""
     start = sum(counter.longest)
 
     def settings_of(row_tokens: int) -> MemorySettings:
@@ -24,7 +24,11 @@ def longest_row_that_fits(recipe: Recipe, counter: StepCounter, chunk_tokens: in
         return replace(settings, microbatch_tokens=row_tokens)
 
     def need(row_tokens: int) -> int:
-        changed = counter if row_tokens == start else counter.changed(longest=pair_of(row_tokens))
+        changed = (
+            counter
+            if row_tokens == start
+            else counter.changed(longest=group_of(row_tokens, counter.num_responses))
+        )
         return reserved_bytes(changed.peak_bytes(settings_of(row_tokens)))
 
     standing = reserved_bytes(counter.peaks(settings_of(start))[OPTIMIZER])  # there whatever the row

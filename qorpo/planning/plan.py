@@ -13,7 +13,7 @@ from qorpo.engine.device import unpaged
 from qorpo.errors import RecipeError
 from qorpo.model.load import load_config
 from qorpo.planning.advice import advise
-from qorpo.planning.counter import StepCounter, pair_of
+from qorpo.planning.counter import StepCounter, group_of, length_within
 from qorpo.planning.largest import largest_rank_that_fits, longest_row_that_fits
 from qorpo.planning.settings import CONTEXT_BYTES, GIB, fastest_that_fits, memory_keys, reserved_bytes
 from qorpo.recipe import Recipe, load_recipe, resolve
@@ -58,7 +58,7 @@ def plan(
 ) -> Plan:
     """Count a recipe's training step on a CUDA card of `budget_gib`, on any machine; a config.json is enough.
 
-    Pairs are taken to be the longest that data.max_length allows: next to no prompt, two answers.
+    Groups are taken to be the longest that data.max_length allows: next to no prompt, two answers.
 
     Args:
         recipe: a Recipe, a mapping of its keys, or a YAML file.
@@ -96,9 +96,9 @@ def plan_budgets(
     config = load_config(
         recipe.model.path, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code
     )
-    counter = StepCounter(
-        config, recipe, longest=pair_of(2 * recipe.data.max_length - 1), on_cuda=True, ranks=ranks
-    )
+    responses = 2
+    longest = group_of(1 + responses * (recipe.data.max_length - 1), responses)
+    counter = StepCounter(config, recipe, longest=longest, on_cuda=True, ranks=ranks)
     return [_plan(recipe, counter, budget_of(recipe) if gib is None else gib) for gib in budgets_gib]
 
 
@@ -128,7 +128,7 @@ def _plan(recipe: Recipe, counter: StepCounter, budget_gib: float) -> Plan:
     positions = getattr(counter.config.get_text_config(), "max_position_embeddings", None)
     largest = {
         "microbatch_tokens": row_tokens,
-        "max_length": min((row_tokens + 1) // 2, positions or row_tokens),
+        "max_length": min(length_within(row_tokens, counter.num_responses), positions or row_tokens),
     }
     if recipe.tuning == "lora":
         largest["lora_rank"] = largest_rank_that_fits(recipe, counter, settings.chunk_tokens, room_bytes)

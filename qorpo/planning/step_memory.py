@@ -12,13 +12,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PretrainedConfig
 
 from qorpo.build import build_objective
-from qorpo.data.pack import PairLengths
-from qorpo.data.tokenize import TokenizedPair
+from qorpo.data.groups import Group, GroupLengths
 from qorpo.engine.optim import make_optimizer
 from qorpo.engine.step import run_step
 from qorpo.model.checkpointing import checkpoint_layers, decoder_layers
 from qorpo.model.mixed_precision import casts_of
-from qorpo.model.scoring import Mode, PairScorer
+from qorpo.model.scoring import Mode, Scorer
 from qorpo.ops.softmax import triton_is_installed
 from qorpo.planning.fake_model import make_fake_model
 from qorpo.planning.fake_ranks import fake_ranks, shard
@@ -36,7 +35,7 @@ HEAD, OPTIMIZER = "forward of the head", "optimizer's step"
 class StepShape:
     """What a step's memory depends on beside the model and the recipe's own keys."""
 
-    rows: tuple[PairLengths, ...]  # the pairs of its largest micro-batch
+    rows: tuple[GroupLengths, ...]  # the groups of its largest micro-batch
     accumulates: bool  # whether gradients of an earlier micro-batch are there
     attention: Mode
     chunk_tokens: int
@@ -91,7 +90,7 @@ def _step_memory(
     config: PretrainedConfig, recipe: Recipe, shape: StepShape, mesh: DeviceMesh | None
 ) -> StepMemory:
     model, fake_mode = make_fake_model(config, recipe, shape.dtype)
-    scorer = PairScorer(model, shape.attention, shape.chunk_tokens)
+    scorer = Scorer(model, shape.attention, shape.chunk_tokens)
     # As the run will have it: on this machine's own card, or on a card elsewhere, where Triton is taken for granted.
     scorer.fused_head = shape.on_cuda and (triton_is_installed() or not torch.cuda.is_available())
     casts_to = casts_of(recipe.tuning, shape.dtype)
@@ -124,10 +123,10 @@ def _step_memory(
 
         count.peaks.clear()
         count.kind, count.stretch = "activations", "forward"
-        pairs = [_pair(lengths) for lengths in shape.rows]
+        groups = [Group.of(((1,) * tokens for tokens in lengths), "plan") for lengths in shape.rows]
         with foreign_code(), count, scorer.packed_attention():
             run_step(
-                scorer, pairs, build_objective(recipe.objective), device=CPU, backward=backward,
+                scorer, groups, build_objective(recipe.objective), device=CPU, backward=backward,
                 microbatch_tokens=sum(map(sum, shape.rows)),
             )  # fmt: skip
             count.kind, count.stretch = "optimizer", OPTIMIZER
@@ -136,11 +135,6 @@ def _step_memory(
                 optimizer.step()
     traffic_bytes = count.received_bytes + count.sent_bytes
     return StepMemory(count.peaks, count.host_peak, paged_bytes, len(layers), traffic_bytes)
-
-
-def _pair(lengths: PairLengths) -> TokenizedPair:
-    prompt, chosen, rejected = ((1,) * length for length in lengths)
-    return TokenizedPair(prompt, chosen, rejected, "plan")
 
 
 def _count_model(model: nn.Module, count: LiveBytes) -> None:

@@ -43,7 +43,7 @@ def _ended(trainer: Any, error: BaseException) -> RunError:
     advice = (
         f"lower memory.microbatch_tokens ({trainer.recipe.memory.microbatch_tokens}) or data.max_length, or take more GPUs"
         if trainer.is_sharded
-        else advice_for(trainer.recipe, trainer.model, trainer.longest_pair, trainer.dtype)
+        else advice_for(trainer.recipe, trainer.model, trainer.longest_group, trainer.dtype)
     )
     steps = folder.checkpoint_steps()
     kept = f"{folder.checkpoint(steps[-1])} holds the run so far" if steps else "nothing was saved yet"

@@ -15,11 +15,11 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qorpo.build import build_objective, tokenized
+from qorpo.data.groups import Group, GroupLengths, TokenizedData
 from qorpo.data.locate import Sources
-from qorpo.data.pack import PairLengths
 from qorpo.data.records import PreferencePair
-from qorpo.data.token_table import largest_token_id, longest_pair
-from qorpo.data.tokenize import ChatFormat, Tokenized, TokenizedPair
+from qorpo.data.token_table import largest_token_id, longest_group
+from qorpo.data.tokenize import ChatFormat
 from qorpo.engine.device import resolve_on
 from qorpo.engine.distributed import as_on_main, make_accelerator, ranks_of, reshard, runs_on
 from qorpo.engine.optim import make_optimizer, make_schedule, take_rate
@@ -31,7 +31,7 @@ from qorpo.model.checkpointing import checkpoint_layers
 from qorpo.model.liger import apply_liger, has_liger
 from qorpo.model.load import keep_nf4_trainable, read_chat_template
 from qorpo.model.mixed_precision import casts_of, train_all
-from qorpo.model.scoring import PairScorer
+from qorpo.model.scoring import Scorer
 from qorpo.model.selfcheck import resolve_mode
 from qorpo.out_of_memory import advised
 from qorpo.planning.auto import cap_card, resolve_memory
@@ -74,8 +74,8 @@ class Trainer:
         model: PreTrainedModel | PeftModel,
         tokenizer: PreTrainedTokenizerBase,
         recipe: Recipe,
-        train_pairs: Sequence[PreferencePair] | Tokenized | Sources,
-        eval_pairs: Sequence[PreferencePair] | Tokenized | Sources | None = None,
+        train_pairs: Sequence[PreferencePair] | TokenizedData | Sources,
+        eval_pairs: Sequence[PreferencePair] | TokenizedData | Sources | None = None,
         *,
         progress: Progress | None = None,
     ):
@@ -114,14 +114,14 @@ class Trainer:
             model, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout,
             targets=lora.targets, modules_to_save=lora.modules_to_save,
         )  # fmt: skip
-        scorer = PairScorer(self.model)
+        scorer = Scorer(self.model)
         if not self.is_sharded:
             scorer.compute_dtype = casts_to
             recipe = self._resolve_model(recipe, scorer, scorer, casts_to)
         # Ranks may find different amounts of memory free, and must take the same micro-batches.
         recipe = as_on_main(
             resolve_memory(
-                recipe, self.model, self.longest_pair,
+                recipe, self.model, self.longest_group,
                 device=self.accelerator.device, dtype=self.dtype, ranks=self.accelerator.num_processes,
             )
         )  # fmt: skip
@@ -154,7 +154,7 @@ class Trainer:
 
     @staticmethod
     def _resolve_model(
-        recipe: Recipe, scorer: PairScorer, call: Callable[..., torch.Tensor], dtype: torch.dtype | None
+        recipe: Recipe, scorer: Scorer, call: Callable[..., torch.Tensor], dtype: torch.dtype | None
     ) -> Recipe:
         """The recipe with what `auto` of attention and liger became for this model."""
         resolve_mode(scorer, call, recipe.model.attention, dtype, recipe.model.liger)
@@ -184,7 +184,7 @@ class Trainer:
     def total_steps(self) -> int:
         return self.recipe.train.max_steps or max(1, round(self.recipe.train.epochs * self.steps_per_epoch))
 
-    def pairs_of_step(self, step: int) -> list[TokenizedPair]:
+    def groups_of_step(self, step: int) -> list[Group]:
         """The pairs of a step, from 0: an order of its own for every epoch, which the seed alone decides."""
         epoch, place = divmod(step, self.steps_per_epoch)
         generator = torch.Generator().manual_seed(_mixed(self.recipe.train.seed, epoch))
@@ -354,13 +354,13 @@ class Trainer:
         return self.accelerator.unwrap_model(self.scorer)
 
     @property
-    def longest_pair(self) -> PairLengths:
-        longest = [longest_pair(pairs) for pairs in (self.train_pairs, self.eval_pairs) if pairs]
-        return PairLengths(*max(longest, key=sum))
+    def longest_group(self) -> GroupLengths:
+        longest = [longest_group(pairs) for pairs in (self.train_pairs, self.eval_pairs) if pairs]
+        return max(longest, key=sum)
 
     def _within_memory(
         self,
-        pairs: Sequence[TokenizedPair],
+        pairs: Sequence[Group],
         backward: Callable[[torch.Tensor], None] | None = None,
         seed: int | None = None,
     ) -> dict[str, torch.Tensor]:
@@ -396,7 +396,7 @@ class Trainer:
         """One optimizer step; its metrics stay on the device until the next flush."""
         settings = self.recipe.train
         started = time.perf_counter()
-        pairs = self.pairs_of_step(self.state.step)
+        pairs = self.groups_of_step(self.state.step)
         self.model.train()
         # Every step draws its dropout from the seed and its own number: a resumed run needs no random state.
         seed = _mixed(settings.seed, self.state.step + 1)
@@ -437,7 +437,7 @@ def _mixed(seed: int, number: int) -> int:
     return (seed * 0x9E3779B97F4A7C15 + number * 0xBF58476D1CE4E5B9) % 2**63
 
 
-def _check_vocabulary(model: Any, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[TokenizedPair]) -> None:
+def _check_vocabulary(model: Any, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Group]) -> None:
     largest = largest_token_id(pairs)
     rows = model.get_input_embeddings().weight.shape[0]
     if largest >= rows:

@@ -9,8 +9,7 @@ from typing import Any
 import psutil
 import torch
 
-from qorpo.data.pack import row_tokens
-from qorpo.data.tokenize import TokenizedPair
+from qorpo.data.groups import Group, row_tokens
 from qorpo.engine.distributed import gathered
 from qorpo.errors import RunError
 from qorpo.objectives.base import Headline
@@ -45,7 +44,7 @@ class Metrics:
         self._pairs = self._tokens = 0
         self._seconds = 0.0
 
-    def add_step(self, pairs: Sequence[TokenizedPair], figures: Mapping[str, Any], seconds: float) -> None:
+    def add_step(self, pairs: Sequence[Group], figures: Mapping[str, Any], seconds: float) -> None:
         """One more step: its pairs, its figures by name (numbers or tensors of one element), and its time."""
         self._unwritten.append(figures)
         self._pairs += len(pairs)

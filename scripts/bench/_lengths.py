@@ -9,9 +9,8 @@ guesses. A mix without spread holds pairs of one length.
 import random
 from typing import NamedTuple
 
-from qorpo.data.pack import PairLengths
+from qorpo.data.groups import Group, GroupLengths, TokenizedData
 from qorpo.data.records import DataReport
-from qorpo.data.tokenize import Tokenized, TokenizedPair
 
 MOST_TOKENS = 4000
 """Of a prompt or an answer."""
@@ -47,18 +46,18 @@ MIXES = {
 }
 
 
-def draw_lengths(mix: Mix, count: int) -> list[PairLengths]:
+def draw_lengths(mix: Mix, count: int) -> list[GroupLengths]:
     """The same in every call; fewer are the first of more."""
     source = random.Random(0)
-    return [PairLengths(*(max(1, round(side.draw(source))) for side in mix[:3])) for _ in range(count)]
+    return [tuple(max(1, round(side.draw(source))) for side in mix[:3]) for _ in range(count)]
 
 
-def random_pairs(lengths: list[PairLengths], vocab_size: int) -> Tokenized:
+def random_pairs(lengths: list[GroupLengths], vocab_size: int) -> TokenizedData:
     """Pairs of random tokens, the same in every call."""
     source = random.Random(0)
 
     def tokens(count: int) -> tuple[int, ...]:
         return tuple(source.choices(range(FIRST_TOKEN, vocab_size), k=count))
 
-    pairs = [TokenizedPair(*map(tokens, each), f"random:{number}") for number, each in enumerate(lengths)]
-    return Tokenized(pairs, DataReport(kept=len(pairs)))
+    pairs = [Group.of(map(tokens, each), f"random:{number}") for number, each in enumerate(lengths)]
+    return TokenizedData(pairs, DataReport(kept=len(pairs)))

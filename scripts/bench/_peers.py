@@ -11,8 +11,7 @@ from typing import Any
 from _record import count, emit
 from _sides import NEEDS, Figures, Job, Settings, in_own_process, missing
 
-from qorpo.data.pack import PairLengths
-from qorpo.data.tokenize import TokenizedPair
+from qorpo.data.groups import Group, GroupLengths
 
 SWITCH = {"on": True, "off": False}
 
@@ -79,7 +78,7 @@ def runs_of(parser: argparse.ArgumentParser, options: argparse.Namespace) -> lis
 
 
 def job_of(
-    parser: argparse.ArgumentParser, options: argparse.Namespace, pairs: Sequence[TokenizedPair], **rest: Any
+    parser: argparse.ArgumentParser, options: argparse.Namespace, pairs: Sequence[Group], **rest: Any
 ) -> Job:
     """The whole steps of `pairs`; ends the program where there is but one."""
     size = options.pairs_per_step
@@ -141,13 +140,10 @@ def median(found: list[Figures]) -> Figures:
     return medians | {"pairs_per_second_of_each_round": [figures["pairs_per_second"] for figures in good]}
 
 
-def padded_tokens(lengths: Sequence[PairLengths], batch: int) -> int:
+def padded_tokens(lengths: Sequence[GroupLengths], batch: int) -> int:
     """Tokens that TRL computes: each prompt twice, both answers padded to the longest sequence of their batch."""
     batches = [lengths[start : start + batch] for start in range(0, len(lengths), batch)]
-    return sum(
-        2 * len(each) * max(pair.prompt + max(pair.chosen, pair.rejected) for pair in each)
-        for each in batches
-    )
+    return sum(2 * len(each) * max(prompt + max(answers) for prompt, *answers in each) for each in batches)
 
 
 def compare(mine: Figures, others: Sequence[tuple[Settings, Figures]], job: Job) -> Figures:

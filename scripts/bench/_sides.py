@@ -26,11 +26,10 @@ from typing import Any
 import torch
 from _models import config_of, plain_tokenizer, random_model
 from _record import ExtraMemory
-from _training import LORA, Clock, lengths_of, longest_sequence, train
+from _training import LORA, Clock, longest_sequence, train
 
-from qorpo.data.pack import PairLengths
+from qorpo.data.groups import Group, GroupLengths, TokenizedData
 from qorpo.data.records import DataReport
-from qorpo.data.tokenize import Tokenized, TokenizedPair
 from qorpo.model.load import load_model, load_tokenizer
 from qorpo.out_of_memory import is_out_of_memory
 from qorpo.planning.auto import cap_card
@@ -53,7 +52,7 @@ Figures = dict[str, Any]
 class Job:
     """What every side is given."""
 
-    pairs: Sequence[TokenizedPair]  # whole steps of them, at least two
+    pairs: Sequence[Group]  # whole steps of them, at least two
     pairs_per_step: int
     base: str | None = None  # a model's folder, or demo
     shape: str | None = None  # one of `_models.SHAPES` in its place
@@ -68,8 +67,8 @@ class Job:
         return len(self.pairs) // self.pairs_per_step
 
     @property
-    def timed_lengths(self) -> list[PairLengths]:
-        return list(map(lengths_of, self.pairs[self.pairs_per_step :]))
+    def timed_lengths(self) -> list[GroupLengths]:
+        return [pair.lengths for pair in self.pairs[self.pairs_per_step :]]
 
 
 def missing(side: str) -> list[str]:
@@ -150,7 +149,7 @@ def run_qorpo(run: Settings, job: Job) -> Outcome:
     model, tokenizer = load(job)
     memory = ExtraMemory(job.device)
     done = train(
-        model, tokenizer, Tokenized(list(job.pairs), DataReport(kept=len(job.pairs))),
+        model, tokenizer, TokenizedData(list(job.pairs), DataReport(kept=len(job.pairs))),
         steps=job.steps, pairs_per_step=job.pairs_per_step,
         recipe={
             "model": {"quantization": job.quantization},
@@ -222,7 +221,7 @@ def train_by_trl(run: Settings, job: Job, model: Any, tokenizer: Any, lora: Any)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     rows = [
-        {"prompt": "", "chosen": "", "rejected": "", "ids": [p.prompt_ids, p.chosen_ids, p.rejected_ids]}
+        {"prompt": "", "chosen": "", "rejected": "", "ids": [p.prompt_ids, p.responses[0], p.responses[1]]}
         for p in job.pairs
     ]
     clock = Clock(job.device)

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 
 import qorpo
-from qorpo.data.pack import PairLengths
-from qorpo.data.tokenize import Tokenized, TokenizedPair
+from qorpo.data.groups import Group, TokenizedData
 from qorpo.recipe import load_recipe
 from qorpo.training.progress import Progress
 
@@ -29,7 +28,7 @@ class Run:
 def train(
     model: Any,
     tokenizer: Any,
-    pairs: Tokenized,
+    pairs: TokenizedData,
     *,
     steps: int,
     pairs_per_step: int,
@@ -40,7 +39,7 @@ def train(
     Args:
         recipe: sections of a recipe, with what differs from its defaults.
     """
-    longest = max(map(longest_sequence, pairs.pairs))
+    longest = max(map(longest_sequence, pairs.groups))
     with tempfile.TemporaryDirectory() as scratch:
         settings: dict[str, Any] = {
             "model": {"path": "bench"},
@@ -65,7 +64,7 @@ def train(
 
 
 class InOrder(qorpo.Trainer):
-    def pairs_of_step(self, step: int) -> list[TokenizedPair]:
+    def groups_of_step(self, step: int) -> list[Group]:
         size = self.recipe.train.pairs_per_step
         return [
             self.train_pairs[place % len(self.train_pairs)] for place in range(step * size, (step + 1) * size)
@@ -90,11 +89,7 @@ def now(device: str) -> tuple[float, float]:
     return time.perf_counter(), time.process_time()
 
 
-def lengths_of(pair: TokenizedPair) -> PairLengths:
-    return PairLengths(len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids))
-
-
-def longest_sequence(pair: TokenizedPair) -> int:
+def longest_sequence(pair: Group) -> int:
     """Tokens of the prompt with the longer answer."""
-    prompt, *answers = lengths_of(pair)
+    prompt, *answers = pair.lengths
     return prompt + max(answers)

@@ -16,11 +16,11 @@ from _record import add_output_option, emit
 from peft import PeftModel
 
 from qorpo.build import build_objective, chat_format_of, load_data
-from qorpo.data.pack import lengths_of, pack_pairs
-from qorpo.data.tokenize import TokenizedPair
+from qorpo.data.groups import Group
+from qorpo.data.pack import pack_groups
 from qorpo.engine.step import scores_of
 from qorpo.model.load import load_model
-from qorpo.model.scoring import PairScorer
+from qorpo.model.scoring import Scorer
 from qorpo.model.selfcheck import make_scorer
 from qorpo.objectives.base import Objective
 from qorpo.recipe import load_recipe
@@ -37,7 +37,7 @@ def main() -> None:
 
     recipe = load_recipe(args.run_a / "recipe.yaml")
     objective = build_objective(recipe.objective)
-    pairs = load_data(recipe, chat_format_of(recipe)).eval.pairs
+    pairs = load_data(recipe, chat_format_of(recipe)).eval.groups
     model = load_model(recipe.model.path, quantization=recipe.model.quantization)
     model = PeftModel.from_pretrained(model, args.run_a / "adapter", adapter_name="a")
     model.load_adapter(args.run_b / "adapter", adapter_name="b")
@@ -65,21 +65,21 @@ def main() -> None:
     emit("compare_runs", settings, {"means": means, "differences": figures}, model.device.type, args.output)
 
 
-def score(scorer: PairScorer, pairs: list[TokenizedPair], objective: Objective) -> dict[str, np.ndarray]:
+def score(scorer: Scorer, pairs: list[Group], objective: Objective) -> dict[str, np.ndarray]:
     """Every metric of every pair, (P,) each."""
     rows = defaultdict(list)
     scorer.eval()
     with torch.no_grad(), scorer.packed_attention():
         for pair in pairs:
-            packed = pack_pairs([pair], score_prompts=objective.scores_prompts)
-            totals = objective.totals([lengths_of(pair)])
+            packed = pack_groups([pair], score_prompts=objective.scores_prompts)
+            totals = objective.totals([pair.lengths])
             metrics = objective(scores_of(scorer(packed), packed), totals).metrics
             for name in objective.metrics:
                 rows[name].append(metrics[name].item())
     return {name: np.array(values) for name, values in rows.items()}
 
 
-def by_prompt(pairs: list[TokenizedPair]) -> list[list[int]]:
+def by_prompt(pairs: list[Group]) -> list[list[int]]:
     """Indices of the pairs of each prompt."""
     places = defaultdict(list)
     for index, pair in enumerate(pairs):

@@ -26,8 +26,6 @@ from _record import ROOT, add_output_option, check_device, emit
 from _training import train
 from transformers import AutoConfig
 
-from qorpo.data.pack import PairLengths
-
 SMALL: dict[str, Any] = {
     "model_type": "llama",
     "vocab_size": 512,
@@ -39,7 +37,7 @@ SMALL: dict[str, Any] = {
     "max_position_embeddings": 512,
     "initializer_range": 0.2,  # large enough that a wrong digit shows in the loss
 }
-PAIR = PairLengths(32, 24, 16)
+PAIR = (32, 24, 16)
 PAIRS_PER_STEP = 4
 STEPS = 6
 

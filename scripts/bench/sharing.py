@@ -12,7 +12,6 @@ recomputed.
 """
 
 import argparse
-import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,12 +22,12 @@ import torch
 from _models import config_of, random_model
 from _record import add_output_option, emit
 
-from qorpo.data.pack import PackedPairs, PairLengths, pack_pairs
-from qorpo.data.tokenize import TokenizedPair
+from qorpo.data.groups import Group, GroupLengths
+from qorpo.data.pack import PackedGroups, pack_groups
 from qorpo.model import attention
 from qorpo.model.adapters import attach_lora
 from qorpo.model.load import load_model
-from qorpo.model.scoring import PairScorer
+from qorpo.model.scoring import Scorer
 from qorpo.planning.fake_model import shortened
 
 
@@ -50,10 +49,10 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     mode = options.mode or ("varlen" if options.device == "cuda" else "sdpa")
-    scorer = PairScorer(attach_lora(make_model(options)), mode).train()
+    scorer = Scorer(attach_lora(make_model(options)), mode).train()
     for response in map(int, options.responses.split(",")):
         for prompt in map(int, options.prompts.split(",")):
-            lengths = PairLengths(prompt, response, response)
+            lengths = (prompt, response, response)
             pairs = max(1, options.row_tokens // (2 * response))
             figures = measure(scorer, lengths, pairs, torch.device(options.device), options.repeats)
             settings = {
@@ -73,7 +72,7 @@ def make_model(options: argparse.Namespace) -> Any:
 
 
 def measure(
-    scorer: PairScorer, lengths: PairLengths, pairs: int, device: torch.device, repeats: int
+    scorer: Scorer, lengths: GroupLengths, pairs: int, device: torch.device, repeats: int
 ) -> dict[str, Any]:
     rows = {"shared": row(lengths, pairs).to(device), "twice": row(lengths, pairs, twice=True).to(device)}
     seconds: dict[str, list[float]] = {name: [] for name in rows}
@@ -88,48 +87,25 @@ def measure(
     return {"shared_s": shared, "twice_s": twice, "saved": round(1 - shared / twice, 4)}
 
 
-def row(lengths: PairLengths, pairs: int, twice: bool = False) -> PackedPairs:
+def row(lengths: GroupLengths, pairs: int, twice: bool = False) -> PackedGroups:
     """Pairs as they train; `twice`: the same scored tokens, and a prompt of its own before either response."""
-    prompt, chosen, rejected = ((5,) * length for length in lengths)
-    if not twice:
-        return pack_pairs([TokenizedPair(prompt, chosen, rejected, "bench")] * pairs)
-    length = lengths.prompt + lengths.chosen
-    alone = pack_pairs([TokenizedPair(prompt[:1], (prompt + chosen)[1:], (5,) * length, "bench")] * pairs)
-    position_T = torch.arange(length).repeat(2 * pairs)
-    scored = position_T[None] >= lengths.prompt
-    places = torch.arange(len(position_T))[scored[0]]
-    return dataclasses.replace(
-        alone, input_ids=torch.full((1, len(position_T)), 5), position_ids=position_T[None],
-        predictors=places - 1, targets=torch.full((len(places),), 5),
-        lengths=(PairLengths(0, length, length),) * pairs,
-    )  # fmt: skip
+    prompt, *responses = lengths
+    groups = [(prompt, response) for response in responses] if twice else [lengths]
+    return pack_groups([Group.of(((5,) * tokens for tokens in each), "bench") for each in groups * pairs])
 
 
 @contextmanager
 def attended_in_order() -> Iterator[None]:
     """Nothing is gathered: each sequence's keys are where its queries are."""
 
-    def sequences(layout, query, key, value, scale, dropout, window, softcap):
-        dtype = query.dtype
-        if query.device.type == "cpu":
-            query, key, value = query.float(), key.float(), value.float()
-        parts = [tokens for _, *responses in layout.lengths for tokens in responses]
-        options = (scale, dropout, window, softcap)
-        outputs = [
-            attention._attend_once(layout, *each, *options)
-            for each in zip(*(tensor.split(parts, dim=2) for tensor in (query, key, value)), strict=True)
-        ]
-        return torch.cat(outputs, dim=2).transpose(1, 2).to(dtype)
-
     def as_they_are(layout, *tensors):
         return tuple(tensor[0].transpose(0, 1) for tensor in tensors)
 
-    before = attention._sequence_at_a_time, attention._gathered
-    attention._sequence_at_a_time, attention._gathered = sequences, as_they_are
+    before, attention._gathered = attention._gathered, as_they_are
     try:
         yield
     finally:
-        attention._sequence_at_a_time, attention._gathered = before
+        attention._gathered = before
 
 
 @contextmanager

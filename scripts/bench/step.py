@@ -31,10 +31,11 @@ import torch
 from _lengths import MIXES, draw_lengths, random_pairs
 from _models import SHAPES, config_of, plain_tokenizer, random_model
 from _record import GIB, ExtraMemory, add_device_options, add_output_option, check_device, count, emit, gib
-from _training import lengths_of, now, train
+from _training import now, train
 from torch import nn
 
-from qorpo.data.pack import PairLengths, row_tokens
+from qorpo.data.groups import GroupLengths, row_tokens
+from qorpo.data.token_table import longest_group
 from qorpo.errors import RunError
 from qorpo.model.checkpointing import decoder_layers
 from qorpo.out_of_memory import is_out_of_memory
@@ -103,11 +104,11 @@ def measure(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
     )  # fmt: skip
     figures = memory.figures()
     if cuda:
-        figures |= planned_and_paged(run.trainer, model, max(map(lengths_of, pairs.pairs), key=sum))
+        figures |= planned_and_paged(run.trainer, model, longest_group(pairs.groups))
 
     ends_s = [seconds for seconds, _ in run.step_ends]
     steps_s = [end - start for start, end in pairwise(ends_s[WARM_UP - 1 :])]
-    tokens, step_s = sum(map(row_tokens, pairs.pairs)), statistics.median(steps_s)
+    tokens, step_s = sum(map(row_tokens, pairs.groups)), statistics.median(steps_s)
     recomputed = run.trainer.recipe.memory.activation_checkpointing
     checkpointed_layers = len(weights) if recomputed is True else int(recomputed)
     flops = step_flops(weights, tokens, checkpointed_layers)
@@ -156,7 +157,7 @@ def matmul_rate(device: str, dtype: torch.dtype) -> float:
     return 2 * size**3 / min(times_s)
 
 
-def planned_and_paged(trainer: Trainer, model: nn.Module, longest: PairLengths) -> dict[str, float]:
+def planned_and_paged(trainer: Trainer, model: nn.Module, longest: GroupLengths) -> dict[str, float]:
     states = (tensor for state in trainer.optimizer.optimizer.state.values() for tensor in state.values())
     paged_bytes = sum(tensor.nbytes for tensor in states if getattr(tensor, "is_paged", False))
     return {

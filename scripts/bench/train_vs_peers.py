@@ -49,7 +49,7 @@ def main() -> None:
         options.trl_liger = [False]  # its kernels need a GPU
     torch.set_num_threads(options.threads)
     lengths = draw_lengths(mix, options.steps * options.pairs_per_step)
-    pairs = random_pairs(lengths, config_of(options.shape).vocab_size).pairs
+    pairs = random_pairs(lengths, config_of(options.shape).vocab_size).groups
     targets = {"speed_over_padding": BEYOND_PADDING}
     if options.mix in AIMS:
         targets["speed"] = AIMS[options.mix]

@@ -24,11 +24,11 @@ from typing import Any
 import torch
 from _peers import add_run_options, compare_runs_of, job_of, runs_of, settings_of
 from _record import add_output_option, check_device, count
-from _training import lengths_of
 
+from qorpo.data.groups import Group
 from qorpo.data.records import PreferencePair
 from qorpo.data.sources import load_pairs
-from qorpo.data.tokenize import ChatFormat, Limits, TokenizedPair, tokenize_pairs
+from qorpo.data.tokenize import ChatFormat, Limits, tokenize_pairs
 from qorpo.model.load import load_tokenizer
 
 TARGETS = {"as-is": {"speed": 2.0}, "multi-turn": {"speed": 3.0, "memory": 1.0}}
@@ -66,7 +66,7 @@ def main() -> None:
 # --- the pairs ---
 
 
-def prepare(options: argparse.Namespace) -> list[TokenizedPair]:
+def prepare(options: argparse.Namespace) -> list[Group]:
     """The first usable pairs."""
     pairs = list(load_pairs(options.pairs))
     tokenizer = load_tokenizer(options.base)
@@ -74,11 +74,11 @@ def prepare(options: argparse.Namespace) -> list[TokenizedPair]:
         wanted = [float(mean) for mean in options.mean_tokens.split(",")]
         pairs = cut_to_means(pairs, tokenizer, wanted, options.max_pairs)
     limits = Limits(options.max_length, options.max_length // 2)
-    return list(tokenize_pairs(pairs, ChatFormat(tokenizer), limits).pairs)[: options.max_pairs]
+    return list(tokenize_pairs(pairs, ChatFormat(tokenizer), limits).groups)[: options.max_pairs]
 
 
-def mean_tokens(pairs: Sequence[TokenizedPair]) -> dict[str, float]:
-    lengths = map(lengths_of, pairs)
+def mean_tokens(pairs: Sequence[Group]) -> dict[str, float]:
+    lengths = [pair.lengths for pair in pairs]
     sides = zip(("prompt", "chosen", "rejected"), zip(*lengths, strict=True), strict=True)
     return {side: round(statistics.mean(tokens), 1) for side, tokens in sides}
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers.tiny import make_tokenizer
 
-from qorpo.data.inspect import as_dict, show_pairs, statistics
+from qorpo.data.inspect import as_dict, show_groups, statistics
 from qorpo.data.prepare import prepare_pairs
 from qorpo.data.shapes import Layout
 from qorpo.data.tokenize import ChatFormat, Limits
@@ -34,9 +34,9 @@ def data(chat, tmp_path):
 
 
 def test_statistics_are_those_of_the_tokens(data):
-    pairs = list(data.train.pairs)
-    sizes = np.array([[len(p.prompt_ids), len(p.chosen_ids), len(p.rejected_ids)] for p in pairs])
-    found = statistics(data.train.pairs)
+    pairs = list(data.train.groups)
+    sizes = np.array([p.lengths for p in pairs])
+    found = statistics(data.train.groups)
     assert found.pairs == 4
     assert found.row_tokens == sizes.sum()
     assert found.separate_tokens == sizes.sum() + sizes[:, 0].sum()
@@ -54,27 +54,29 @@ def test_statistics_are_those_of_the_tokens(data):
 
 
 def test_shown_pairs_are_all_their_tokens(data, chat):
-    first, last = show_pairs(data.train.pairs, 2, chat)
+    first, last = show_groups(data.train.groups, 2, chat)
     assert (first.source, last.source) == ("pairs.jsonl:1", "pairs.jsonl:4")
-    assert len(show_pairs(data.train.pairs, 9, chat)) == 4
-    assert show_pairs(data.train.pairs, 0, chat) == []
-    assert [(span.text, span.kind) for span in first.prompt] == [
-        ("<|start|>", "special"), ("user\nWhat?", "prompt"), ("<|end|>", "special"),
-        ("<|start|>", "special"), ("assistant\n", "prompt"),
+    assert len(show_groups(data.train.groups, 9, chat)) == 4
+    assert show_groups(data.train.groups, 0, chat) == []
+    assert list(first.parts) == ["prompt", "chosen", "rejected"]
+    assert [(span.text, span.special) for span in first.parts["prompt"]] == [
+        ("<|start|>", True), ("user\nWhat?", False), ("<|end|>", True),
+        ("<|start|>", True), ("assistant\n", False),
     ]  # fmt: skip
-    assert [(span.text, span.kind, span.learned) for span in first.chosen] == [
-        ("aaaa", "chosen", True), ("<|end|>", "special", True),
+    assert [(span.text, span.special, span.learned) for span in first.parts["chosen"]] == [
+        ("aaaa", False, True), ("<|end|>", True, True),
     ]  # fmt: skip
-    assert not any(span.learned for span in first.prompt)
-    assert all(span.learned for span in show_pairs(data.train.pairs, 1, chat, learn_prompt=True)[0].prompt)
+    assert not any(span.learned for span in first.parts["prompt"])
+    (learned,) = show_groups(data.train.groups, 1, chat, learn_prompt=True)
+    assert all(span.learned for span in learned.parts["prompt"])
     # What only spells the stop is text, and a cut answer has none.
-    assert [span.kind for span in last.chosen] == ["chosen", "special"]
-    assert [span.kind for span in last.rejected] == ["rejected"]
+    assert [span.special for span in last.parts["chosen"]] == [False, True]
+    assert [span.special for span in last.parts["rejected"]] == [False]
     assert last.cut == ["rejected"]
 
 
 def test_as_dict_is_json_and_whole(data, chat):
-    values = json.loads(json.dumps(as_dict(data, show_pairs(data.train.pairs, 1, chat))))
+    values = json.loads(json.dumps(as_dict(data, show_groups(data.train.groups, 1, chat))))
     assert values["train"]["kept"] == values["train"]["statistics"]["pairs"] == 4
     assert values["eval"]["statistics"]["lengths"]["chosen"]["max"] > 0
     assert 0 < values["train"]["statistics"]["saved_by_sharing"] < 0.5

@@ -6,16 +6,16 @@ from itertools import chain
 import pytest
 import torch
 
-from qorpo.data.pack import PackedPairs, PairLengths, pack_pairs, row_tokens, split_by_budget
-from qorpo.data.tokenize import TokenizedPair
+from qorpo.data.groups import Group, row_tokens
+from qorpo.data.pack import PackedGroups, pack_groups, split_by_budget
 
 
-def pair(prompt: int, chosen: int, rejected: int, source: str = "") -> TokenizedPair:
+def pair(prompt: int, chosen: int, rejected: int, source: str = "") -> Group:
     """A pair of these lengths; its tokens do not matter."""
-    return TokenizedPair((1,) * prompt, (2,) * chosen, (3,) * rejected, source)
+    return Group((1,) * prompt, ((2,) * chosen, (3,) * rejected), source)
 
 
-def pairs_of(*row_lengths: int) -> list[TokenizedPair]:
+def pairs_of(*row_lengths: int) -> list[Group]:
     """Pairs that take these numbers of row tokens, each known by its place."""
     return [pair(1, 1, length - 2, f"pair {index}") for index, length in enumerate(row_lengths)]
 
@@ -27,111 +27,111 @@ def pairs_of(*row_lengths: int) -> list[TokenizedPair]:
 #                 prompt      chosen  rejected       |p   c   r
 #       position:  0   1   2   3   4   3   4   5   6 | 0   1   1
 BY_HAND = [
-    TokenizedPair((11, 12, 13), (21, 22), (31, 32, 33, 34), "a:1"),
-    TokenizedPair((41,), (51,), (61,), "a:2"),
+    Group((11, 12, 13), ((21, 22), (31, 32, 33, 34)), "a:1"),
+    Group((41,), ((51,), (61,)), "a:2"),
 ]
 
 
 def assert_row(
-    packed: PackedPairs, predictors: list[list[int]], targets: list[list[int]], sides: list[list[int]]
+    packed: PackedGroups, predictors: list[list[int]], targets: list[list[int]], segments: list[list[int]]
 ):
     assert packed.input_ids.tolist() == [[11, 12, 13, 21, 22, 31, 32, 33, 34, 41, 51, 61]]
     assert packed.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 4, 5, 6, 0, 1, 1]]
-    assert packed.lengths == (PairLengths(3, 2, 4), PairLengths(1, 1, 1))
-    assert packed.lengths[0].rejected == 4
+    assert packed.lengths == ((3, 2, 4), (1, 1, 1))
     assert packed.predictors.tolist() == [*chain(*predictors)]
     assert packed.targets.tolist() == [*chain(*targets)]
-    assert packed.sides.tolist() == [*chain(*sides)]
-    tensors = (packed.input_ids, packed.position_ids, packed.predictors, packed.targets, packed.sides)
+    assert packed.segments.tolist() == [*chain(*segments)]
+    tensors = (packed.input_ids, packed.position_ids, packed.predictors, packed.targets, packed.segments)
     assert {tensor.dtype for tensor in tensors} == {torch.int64}
 
 
 def test_responses_are_scored_the_first_token_of_both_by_the_prompts_last():
-    packed = pack_pairs(BY_HAND)
+    packed = pack_groups(BY_HAND)
     assert_row(
         packed,
         predictors=[[2, 3], [2, 5, 6, 7], [9], [9]],
         targets=[[21, 22], [31, 32, 33, 34], [51], [61]],
-        sides=[[1, 1], [2, 2, 2, 2], [4], [5]],
+        segments=[[1, 1], [2, 2, 2, 2], [4], [5]],
     )
-    assert packed.scores_prompts is False
+    assert packed.scored == ((0, 2, 4), (0, 1, 1))
 
 
 def test_prompts_are_scored_from_their_second_token_where_asked_for():
-    packed = pack_pairs(BY_HAND, score_prompts=True)
+    packed = pack_groups(BY_HAND, score_prompts=True)
     assert_row(
         packed,
         predictors=[[0, 1], [2, 3], [2, 5, 6, 7], [9], [9]],  # a prompt of one token has none to score
         targets=[[12, 13], [21, 22], [31, 32, 33, 34], [51], [61]],
-        sides=[[0, 0], [1, 1], [2, 2, 2, 2], [4], [5]],
+        segments=[[0, 0], [1, 1], [2, 2, 2, 2], [4], [5]],
     )
-    assert packed.scores_prompts is True
+    assert packed.scored == ((2, 2, 4), (0, 1, 1))
 
 
 @pytest.mark.parametrize("score_prompts", [False, True])
 def test_every_scored_token_follows_its_predictor_in_a_sequence_read_from_the_row(score_prompts):
-    """The same said without counting: [prompt, chosen] and [prompt, rejected], cut out of the row again, hold each
-    target one position after its predictor."""
+    """The same said without counting, for any number of responses: a prompt with one of them, cut out of the row again,
+    holds each target one position after its predictor."""
     generator = random.Random(0)
-    pairs = [
-        TokenizedPair(
-            *(tuple(generator.choices(range(1000), k=generator.randint(1, 9))) for _ in range(3)), f"{index}"
-        )
-        for index in range(40)
-    ]
-    packed = pack_pairs(pairs, score_prompts=score_prompts)
-    positions, sides = packed.position_ids[0], packed.sides
-    assert sides.tolist() == sorted(sides.tolist())
-    scored = 0
-    for index, tokens in enumerate(pairs):
-        for side, response in ((1, tokens.chosen_ids), (2, tokens.rejected_ids)):
-            sequence = (*tokens.prompt_ids, *response)
-            mine = (sides == 3 * index + side) | (sides == 3 * index)
+
+    def tokens() -> list[int]:
+        return generator.choices(range(1000), k=generator.randint(1, 9))
+
+    groups = [Group.of([tokens() for _ in range(1 + n)], f"{n}") for n in (1, 2, 3, 5) * 10]
+    packed = pack_groups(groups, score_prompts=score_prompts)
+    positions, segments = packed.position_ids[0], packed.segments
+    assert segments.tolist() == sorted(segments.tolist())
+    prompt_segment = 0
+    for group, lengths, scored in zip(groups, packed.lengths, packed.scored, strict=True):
+        assert lengths == group.lengths
+        for number, response in enumerate(group.responses, start=1):
+            sequence = (*group.prompt_ids, *response)
+            mine = (segments == prompt_segment + number) | (segments == prompt_segment)
             predictors, targets = packed.predictors[mine], packed.targets[mine]
             assert [sequence[place] for place in positions[predictors]] == packed.input_ids[
                 0, predictors
             ].tolist()
             assert [sequence[place + 1] for place in positions[predictors]] == targets.tolist()
-            first = 1 if score_prompts else len(tokens.prompt_ids)
+            first = 1 if score_prompts else len(group.prompt_ids)
             assert (positions[predictors] + 1).tolist() == list(range(first, len(sequence)))
-        scored += int((sides // 3 == index).sum())
-    assert scored == len(sides)
+        assert scored == tuple(int((segments == prompt_segment + part).sum()) for part in range(len(lengths)))
+        prompt_segment += len(lengths)
+    assert prompt_segment == int(segments.max()) + 1
 
 
 def test_a_pair_takes_each_of_its_tokens_once():
     assert [row_tokens(tokens) for tokens in BY_HAND] == [9, 3]
-    assert pack_pairs(BY_HAND).input_ids.shape == (1, 12)
+    assert pack_groups(BY_HAND).input_ids.shape == (1, 12)
 
 
 def test_a_row_moves_to_a_device_whole():
-    packed = pack_pairs(BY_HAND, score_prompts=True)
+    packed = pack_groups(BY_HAND, score_prompts=True)
     moved = packed.to(torch.device("meta"))
-    tensors = (moved.input_ids, moved.position_ids, moved.predictors, moved.targets, moved.sides)
+    tensors = (moved.input_ids, moved.position_ids, moved.predictors, moved.targets, moved.segments)
     assert {tensor.device.type for tensor in tensors} == {"meta"}
-    assert (moved.lengths, moved.scores_prompts) == (packed.lengths, True)
+    assert (moved.lengths, moved.scored) == (packed.lengths, packed.scored)
     assert packed.input_ids.device.type == "cpu"
 
 
 @pytest.mark.parametrize("lengths", [(0, 1, 1), (1, 0, 1), (1, 1, 0)])
 def test_an_empty_side_is_a_fault_of_ours_and_named(lengths):
     with pytest.raises(AssertionError, match=r"pairs\.jsonl:7: an empty prompt or response"):
-        pack_pairs([pair(2, 2, 2), pair(*lengths, "pairs.jsonl:7")])
+        pack_groups([pair(2, 2, 2), pair(*lengths, "pairs.jsonl:7")])
 
 
 # --- the split ---
 
 
-def by_source(bins: list[list[TokenizedPair]]) -> list[list[str]]:
+def by_source(bins: list[list[Group]]) -> list[list[str]]:
     return [[tokens.source for tokens in micro_batch] for micro_batch in bins]
 
 
-def tokens_of(micro_batch: list[TokenizedPair]) -> int:
+def tokens_of(micro_batch: list[Group]) -> int:
     return sum(map(row_tokens, micro_batch))
 
 
-def next_fit(pairs: list[TokenizedPair], budget: int) -> list[list[TokenizedPair]]:
+def next_fit(pairs: list[Group], budget: int) -> list[list[Group]]:
     """The naive way: in the order they come, a new micro-batch where one is full."""
-    bins: list[list[TokenizedPair]] = []
+    bins: list[list[Group]] = []
     for tokens in pairs:
         if not bins or tokens_of(bins[-1]) + row_tokens(tokens) > budget:
             bins.append([])

@@ -18,7 +18,7 @@ from qorpo.data.locate import Source
 from qorpo.data.prepare import prepare_pairs
 from qorpo.data.shapes import Layout
 from qorpo.data.sources import load_pairs
-from qorpo.data.token_table import largest_token_id, longest_pair
+from qorpo.data.token_table import largest_token_id, longest_group
 from qorpo.data.tokenize import ChatFormat, Limits, tokenize_pairs
 from qorpo.errors import DataError
 from qorpo.manifest import MANIFEST
@@ -72,9 +72,8 @@ def test_tokens_on_disk_are_those_in_memory(source, chat, tmp_path, monkeypatch,
     assert report == expected_report
     assert report.read == report.kept + sum(report.dropped.values()) == 200
     assert largest_token_id(found) == largest_token_id(expected)
-    sides = ("prompt", "chosen", "rejected")
-    assert np.array_equal(found.lengths(), [[len(getattr(p, f"{s}_ids")) for s in sides] for p in expected])
-    assert np.array_equal(found.cuts(), [[getattr(p, f"{s}_cut") for s in sides] for p in expected])
+    assert np.array_equal(found.lengths(), [group.lengths for group in expected])
+    assert np.array_equal(found.cuts(), [group.cut for group in expected])
     with pytest.raises(IndexError):
         found[len(found)]
 
@@ -87,8 +86,8 @@ def test_dropped_pairs_leave_counts_whole_numbers(source, chat, tmp_path, eval):
         assert report.dropped["prompt_too_long"] > 0
         assert pairs.lengths().dtype == np.int64
         assert pairs.cuts().dtype == np.bool_
-        assert all(type(length) is int for length in longest_pair(pairs))
-        assert longest_pair(pairs) == longest_pair(list(pairs))
+        assert all(type(length) is int for length in longest_group(pairs))
+        assert longest_group(pairs) == longest_group(list(pairs))
         counted = [count for side in report.tokens.values() for count in (side["total"], side["max"])]
         assert all(type(count) is int for count in [*counted, *report.cut.values()])
 
@@ -96,7 +95,7 @@ def test_dropped_pairs_leave_counts_whole_numbers(source, chat, tmp_path, eval):
 def test_a_fraction_is_split_off_by_prompt(source, chat, tmp_path):
     data = prepared(source, 0.3, chat, tmp_path, seed=3)
     pairs = {pair.source: prompt_key(pair.prompt) for pair in load_pairs(source)}
-    train, held_out = ({pairs[p.source] for p in side.pairs} for side in (data.train, data.eval))
+    train, held_out = ({pairs[p.source] for p in side.groups} for side in (data.train, data.eval))
     assert train
     assert held_out
     assert not train & held_out
@@ -105,19 +104,19 @@ def test_a_fraction_is_split_off_by_prompt(source, chat, tmp_path):
     assert data.train.report.read + data.eval.report.read == data.whole.kept
     assert data.train.report.sources == data.whole.sources
     again = prepared(source, 0.3, chat, tmp_path, seed=3)
-    assert [list(p.pairs) for p in (again.train, again.eval)] == [
-        list(p.pairs) for p in (data.train, data.eval)
+    assert [list(p.groups) for p in (again.train, again.eval)] == [
+        list(p.groups) for p in (data.train, data.eval)
     ]
     assert again.as_dict() == data.as_dict()
     other = prepared(source, 0.3, chat, tmp_path, seed=4)
-    assert [p.source for p in other.eval.pairs] != [p.source for p in data.eval.pairs]
+    assert [p.source for p in other.eval.groups] != [p.source for p in data.eval.groups]
 
 
 def test_evaluation_files_and_the_prompts_they_share(source, chat, tmp_path):
     other = write(tmp_path / "eval.jsonl", [*records(20), {"prompt": "New?", "chosen": "a", "rejected": "b"}])
     data = prepared(source, other, chat, tmp_path)
     assert data.whole is None
-    assert data.eval.pairs[-1].source == "eval.jsonl:21"
+    assert data.eval.groups[-1].source == "eval.jsonl:21"
     # Seven questions, and as many of them with "Tell me.": of the first 20, one at 3 and one at 14 (0 again).
     assert data.leaked_prompts == len({r["prompt"] for r in records(20)})
     assert data.as_dict()["eval_prompts_in_train"] == data.leaked_prompts
@@ -137,7 +136,7 @@ def test_the_second_time_nothing_is_tokenized(source, chat, tmp_path, monkeypatc
     assert made > 0
     second = prepared(source, None, chat, tmp_path)
     assert len(calls) == made
-    assert list(second.train.pairs) == list(first.train.pairs)
+    assert list(second.train.groups) == list(first.train.groups)
     assert second.as_dict() == first.as_dict()
     shutil.copystat(source, source)
     os.utime(source)  # the same content at another time is the same content
@@ -196,7 +195,7 @@ def damage(path, kind, draw):
 
 def test_a_damaged_entry_is_made_again_and_said(source, chat, tmp_path, caplog):
     write(Path(source), records(20))
-    expected = list(prepared(source, 0.2, chat, tmp_path).train.pairs)
+    expected = list(prepared(source, 0.2, chat, tmp_path).train.groups)
     (folder,) = (tmp_path / "cache").iterdir()
     names = sorted(path.name for path in folder.iterdir())
     assert {"report.json", "train.npy", "eval.npy", MANIFEST} < set(names)
@@ -210,7 +209,7 @@ def test_a_damaged_entry_is_made_again_and_said(source, chat, tmp_path, caplog):
             assert prepare._open(folder) is None
             (folder / name).write_bytes(good)
         else:
-            assert list(prepared(source, 0.2, chat, tmp_path).train.pairs) == expected
+            assert list(prepared(source, 0.2, chat, tmp_path).train.groups) == expected
         assert "tokens kept before: " in caplog.text, name
         assert str(folder / name) in caplog.text or "has no manifest" in caplog.text
     caplog.clear()
@@ -219,24 +218,24 @@ def test_a_damaged_entry_is_made_again_and_said(source, chat, tmp_path, caplog):
 
 
 def test_an_entry_with_more_files_or_of_other_tokens_is_made_again(source, chat, tmp_path, caplog):
-    expected = list(prepared(source, None, chat, tmp_path).train.pairs)
+    expected = list(prepared(source, None, chat, tmp_path).train.groups)
     (folder,) = (tmp_path / "cache").iterdir()
     (tokens,) = folder.glob("train*tokens*")
     shutil.copy(tokens, tokens.with_name("train_more.tokens"))  # would be read as more rows
-    assert list(prepared(source, None, chat, tmp_path).train.pairs) == expected
+    assert list(prepared(source, None, chat, tmp_path).train.groups) == expected
     assert "train_more.tokens: was added" in caplog.text
     other = prepared(source, None, chat, tmp_path, Limits(60, 32))
     (second,) = set((tmp_path / "cache").iterdir()) - {folder}
     shutil.rmtree(folder)
     second.rename(folder)
-    assert list(prepared(source, None, chat, tmp_path).train.pairs) == expected != list(other.train.pairs)
+    assert list(prepared(source, None, chat, tmp_path).train.groups) == expected != list(other.train.groups)
     assert "has no manifest of its own" in caplog.text
 
 
 def cold_start(source, cache, chat, barrier, answers):
     barrier.wait()
     data = prepare_pairs(source, 0.2, chat, LIMITS, layout=Layout(), cache=cache)
-    answers.put(hash_of([list(data.train.pairs), data.as_dict()]))
+    answers.put(hash_of([list(data.train.groups), data.as_dict()]))
 
 
 def hash_of(value):
@@ -259,7 +258,7 @@ def test_cold_starts_at_once_share_what_one_of_them_makes(source, chat, tmp_path
             start.join(60)
         assert [start.exitcode for start in starts] == [0] * count
         data = prepared(source, 0.2, chat, tmp_path)
-        assert found == {hash_of([list(data.train.pairs), data.as_dict()])}
+        assert found == {hash_of([list(data.train.groups), data.as_dict()])}
         (folder,) = cache.iterdir()
         damage(folder / "report.json", "flip", random.Random(1))
 

@@ -85,7 +85,7 @@ def test_tokens_put_together_are_those_of_inference(tmp_path_factory, records):
             list(pair.prompt), tokenize=True, add_generation_prompt=True, return_dict=False
         )
         assert list(tokens.prompt_ids) == prompt
-        for ids, text in ((tokens.chosen_ids, pair.chosen), (tokens.rejected_ids, pair.rejected)):
+        for ids, text in ((tokens.responses[0], pair.chosen), (tokens.responses[1], pair.rejected)):
             assert ids[-1] == chat.stop_token_id
             assert (
                 list(ids[:-1])

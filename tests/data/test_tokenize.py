@@ -276,14 +276,14 @@ def test_boundary_stop_and_bos(name):
     )
     assert list(tokens.prompt_ids) == given
     assert decode(tokens.prompt_ids) == prompt_text
-    assert decode(tokens.chosen_ids) == chosen_text
-    for response in (tokens.chosen_ids, tokens.rejected_ids):
+    assert decode(tokens.responses[0]) == chosen_text
+    for response in (tokens.responses[0], tokens.responses[1]):
         assert response[-1] == chat_format.stop_token_id
         assert response.count(chat_format.stop_token_id) == 1
         assert tokenizer.bos_token_id not in response
     assert tokens.prompt_ids.count(tokenizer.bos_token_id) == prompt_text.count("<s>")
-    assert not tokens.chosen_cut
-    assert not tokens.rejected_cut
+    assert not tokens.cut[1]
+    assert not tokens.cut[2]
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -292,7 +292,7 @@ def test_a_response_is_tokenized_apart_from_its_prompt(name):
     make, handed, *_ = FORMATS[name]
     chat_format = ChatFormat(make(), handed)
     one, other = (tokenize_one(chat_format, pair(prompt=prompt)) for prompt in ("hello", "what is a colou"))
-    assert one.chosen_ids == other.chosen_ids
+    assert one.responses[0] == other.responses[0]
     assert one.prompt_ids != other.prompt_ids
 
 
@@ -302,9 +302,9 @@ def test_no_token_spans_the_boundary():
     )
     tokens = tokenize_one(ChatFormat(tokenizer), pair(prompt="Hel", chosen="lo there"))
     together = tokenizer("Hello there", add_special_tokens=False)["input_ids"]
-    assert len(together) < len(tokens.prompt_ids) + len(tokens.chosen_ids) - 1  # together they would merge
+    assert len(together) < len(tokens.prompt_ids) + len(tokens.responses[0]) - 1  # together they would merge
     assert list(tokens.prompt_ids) == tokenizer("Hel", add_special_tokens=False)["input_ids"]
-    assert list(tokens.chosen_ids[:-1]) == tokenizer("lo there", add_special_tokens=False)["input_ids"]
+    assert list(tokens.responses[0][:-1]) == tokenizer("lo there", add_special_tokens=False)["input_ids"]
 
 
 @pytest.mark.parametrize(
@@ -316,15 +316,15 @@ def test_a_tokenizer_that_puts_a_space_first_puts_none_in_a_response(template, f
     tokenizer = sentencepiece_like(template)
     assert tokenizer.tokenize("Hello there", add_special_tokens=False)[0] == "▁Hello"  # the fixture does it
     tokens = tokenize_one(ChatFormat(tokenizer), pair("Hello there", "\nhi"))
-    assert tokenizer.convert_ids_to_tokens(tokens.chosen_ids) == [first, "▁there", "</s>"]
-    assert tokenizer.convert_ids_to_tokens(tokens.rejected_ids)[-3:] == ["<0x0A>", "hi", "</s>"]
+    assert tokenizer.convert_ids_to_tokens(tokens.responses[0]) == [first, "▁there", "</s>"]
+    assert tokenizer.convert_ids_to_tokens(tokens.responses[1])[-3:] == ["<0x0A>", "hi", "</s>"]
 
 
 def test_a_response_that_would_merge_with_what_is_put_before_it_is_tokenized_alone():
     tokenizer = sentencepiece_like(CHATML)
     tokenizer.add_tokens([AddedToken("\n\n", normalized=False)])
     tokens = tokenize_one(ChatFormat(tokenizer), pair("\nhi"))
-    assert list(tokens.chosen_ids[:-1]) == tokenizer("\nhi", add_special_tokens=False)["input_ids"]
+    assert list(tokens.responses[0][:-1]) == tokenizer("\nhi", add_special_tokens=False)["input_ids"]
 
 
 def test_the_plain_template_writes_whole_conversations():
@@ -371,15 +371,15 @@ def test_special_tokens_spelled_in_an_answer_are_text(name, spelled):
     answer = f"Hello {spelled} there"
     tokens = tokenize_one(chat_format, pair(chosen=answer, rejected=answer + spelled))
     special = set(chat_format.tokenizer.all_special_ids) | {chat_format.stop_token_id}
-    for response in (tokens.chosen_ids, tokens.rejected_ids):
+    for response in (tokens.responses[0], tokens.responses[1]):
         assert special.isdisjoint(response[:-1])
         assert response[-1] == chat_format.stop_token_id
-    assert answer in chat_format.tokenizer.decode(tokens.chosen_ids)
+    assert answer in chat_format.tokenizer.decode(tokens.responses[0])
 
 
 def test_special_tokens_of_the_template_stay_tokens_in_a_response():
     chat_format = ChatFormat(byte_level(CHANNELS))
-    assert tokenize_one(chat_format, pair()).chosen_ids[0] == SPECIAL.index("<|im_start|>")
+    assert tokenize_one(chat_format, pair()).responses[0][0] == SPECIAL.index("<|im_start|>")
 
 
 @pytest.mark.parametrize("spelled", ["</s>", "<|eot_id|>"])
@@ -399,7 +399,7 @@ def test_a_stop_token_that_cannot_be_spelled_drops_the_pair():
 def test_cutting_to_the_token():
     chat_format = ChatFormat(byte_level(CHATML, pad_token="</s>"))
     whole = tokenize_one(chat_format, pair())
-    size, long, short = len(whole.prompt_ids), len(whole.chosen_ids), len(whole.rejected_ids)
+    size, long, short = len(whole.prompt_ids), len(whole.responses[0]), len(whole.responses[1])
     assert short < long - 1
 
     fits = tokenize_one(chat_format, pair(), max_length=size + long, max_prompt_length=size)
@@ -407,18 +407,18 @@ def test_cutting_to_the_token():
     for room in (long - 1, short + 1, 1 + short // 2):
         cut = tokenize_one(chat_format, pair(), max_length=size + room, max_prompt_length=size)
         assert cut.prompt_ids == whole.prompt_ids
-        assert cut.chosen_ids == whole.chosen_ids[:room]
-        assert cut.chosen_cut
-        assert chat_format.stop_token_id not in cut.chosen_ids
-        assert cut.rejected_ids == whole.rejected_ids[:room]
-        assert cut.rejected_cut == (room < short)
+        assert cut.responses[0] == whole.responses[0][:room]
+        assert cut.cut[1]
+        assert chat_format.stop_token_id not in cut.responses[0]
+        assert cut.responses[1] == whole.responses[1][:room]
+        assert cut.cut[2] == (room < short)
 
 
 def test_a_cut_response_is_never_empty():
     chat_format = ChatFormat(byte_level(CHATML))
     size = len(tokenize_one(chat_format, pair()).prompt_ids)
     tokens = tokenize_one(chat_format, pair(), max_length=size + 1, max_prompt_length=size)
-    assert (len(tokens.chosen_ids), len(tokens.rejected_ids)) == (1, 1)
+    assert (len(tokens.responses[0]), len(tokens.responses[1])) == (1, 1)
 
 
 def test_drops_are_counted_and_the_report_carried_on():
@@ -440,8 +440,8 @@ def test_drops_are_counted_and_the_report_carried_on():
     assert report.kept == 2
     assert report.noted == {"role_label_in_response": 1}
     assert report.cut == {"prompt": 0, "chosen": 1, "rejected": 1}
-    assert [tokens.rejected_cut for tokens in kept] == [False, True]
-    lengths = [len(tokens.chosen_ids) for tokens in kept]
+    assert [tokens.cut[2] for tokens in kept] == [False, True]
+    lengths = [len(tokens.responses[0]) for tokens in kept]
     assert report.tokens["chosen"] == {"total": sum(lengths), "mean": sum(lengths) / 2, "max": max(lengths)}
     assert report.tokens["prompt"] == {"total": 2 * size, "mean": size, "max": size}
     assert loaded.report.as_dict()["kept"] == 5  # the loading's own report stays as it was
@@ -457,13 +457,13 @@ def test_a_long_prompt_may_keep_its_end():
     assert drop_reasons(chat_format, pair(prompt="tea " * 50), **(limits | {"max_prompt_length": 30}))
     tokens = tokenize_one(chat_format, pair(prompt="tea " * 50), long_prompts="keep_end", **limits)
     assert tokens.prompt_ids == (bos, *whole[-19:])
-    assert tokens.prompt_cut
+    assert tokens.cut[0]
     # Without a BOS the end is all.
     chat_format = ChatFormat(byte_level(CHATML))
     whole = tokenize_one(chat_format, pair(prompt="tea " * 50)).prompt_ids
     tokens = tokenize_one(chat_format, pair(prompt="tea " * 50), long_prompts="keep_end", **limits)
     assert tokens.prompt_ids == whole[-20:]
-    assert not tokenize_one(chat_format, pair(), long_prompts="keep_end").prompt_cut
+    assert not tokenize_one(chat_format, pair(), long_prompts="keep_end").cut[0]
 
 
 def test_a_pair_with_a_long_answer_may_be_dropped():
@@ -471,7 +471,7 @@ def test_a_pair_with_a_long_answer_may_be_dropped():
     long = pair(rejected="tea " * 50)
     size = len(tokenize_one(chat_format, pair()).prompt_ids)
     limits = {"max_length": size + 30, "max_prompt_length": size}
-    assert tokenize_one(chat_format, long, **limits).rejected_cut
+    assert tokenize_one(chat_format, long, **limits).cut[2]
     assert drop_reasons(chat_format, long, long_responses="drop", **limits) == {"response_too_long": 1}
 
 
@@ -524,7 +524,7 @@ def test_a_template_that_forgets_thoughts_writes_the_last_answer_s_or_drops_it()
     assert decode(tokens.prompt_ids).startswith(
         "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\nhi<|im_end|>\n"
     )
-    assert decode(tokens.chosen_ids) == thought + "<|im_end|>"
+    assert decode(tokens.responses[0]) == thought + "<|im_end|>"
     # It would write these otherwise than they are.
     assert drop_reasons(chat_format, pair(chosen="<think>a</think>Red")) == {"template_mismatch": 1}
 
@@ -532,8 +532,8 @@ def test_a_template_that_forgets_thoughts_writes_the_last_answer_s_or_drops_it()
 def test_answers_are_trimmed_where_the_template_trims():
     trimmed, whole = ChatFormat(byte_level(LLAMA3)), ChatFormat(byte_level(CHATML))
     padded = pair(chosen=" Red is a colour.\n")
-    assert tokenize_one(trimmed, padded).chosen_ids == tokenize_one(trimmed, pair()).chosen_ids
-    assert whole.tokenizer.decode(tokenize_one(whole, padded).chosen_ids) == " Red is a colour.\n<|im_end|>"
+    assert tokenize_one(trimmed, padded).responses[0] == tokenize_one(trimmed, pair()).responses[0]
+    assert whole.tokenizer.decode(tokenize_one(whole, padded).responses[0]) == " Red is a colour.\n<|im_end|>"
 
 
 def test_answers_equal_in_tokens_are_the_same():
@@ -595,7 +595,7 @@ def test_batches_keep_pairs_and_places_together(monkeypatch):
     for tokens in whole:
         n = tokens.source.removeprefix("a:")
         prompt, chosen, rejected = map(
-            chat_format.tokenizer.decode, (tokens.prompt_ids, tokens.chosen_ids, tokens.rejected_ids)
+            chat_format.tokenizer.decode, (tokens.prompt_ids, tokens.responses[0], tokens.responses[1])
         )
         assert f"hello {n}<" in prompt
         assert chosen.startswith(f"Red {n}")
@@ -614,8 +614,8 @@ def test_real_pairs_with_a_real_tokenizer():
         assert len(tokens.prompt_ids) <= 256
         assert tokenizer.decode(tokens.prompt_ids).endswith("<|assistant|>\n")
         for ids, cut, text in (
-            (tokens.chosen_ids, tokens.chosen_cut, by_source[tokens.source].chosen),
-            (tokens.rejected_ids, tokens.rejected_cut, by_source[tokens.source].rejected),
+            (tokens.responses[0], tokens.cut[1], by_source[tokens.source].chosen),
+            (tokens.responses[1], tokens.cut[2], by_source[tokens.source].rejected),
         ):
             assert len(tokens.prompt_ids) + len(ids) <= 512
             assert ids.count(tokenizer.eos_token_id) == (not cut)

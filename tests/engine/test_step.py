@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qorpo.data.pack import PackedPairs, lengths_of
-from qorpo.data.tokenize import TokenizedPair
+from qorpo.data.groups import Group
+from qorpo.data.pack import PackedGroups
 from qorpo.engine.step import run_step, scores_of
-from qorpo.model.scoring import PairScorer
+from qorpo.model.scoring import Scorer
 from qorpo.objectives.base import Totals
 from qorpo.objectives.orpo import Orpo
 
@@ -29,14 +29,12 @@ def objective_of(nll_tokens: str = "response", nll_average: str = "sequence") ->
     return Orpo(weight=WEIGHT, nll_tokens=nll_tokens, nll_average=nll_average)
 
 
-def make_pairs() -> list[TokenizedPair]:
+def make_pairs() -> list[Group]:
     """Seven pairs of very uneven lengths, from one token a part to more than MEDIUM in all."""
     generator = random.Random(0)
     lengths = [(1, 1, 1), (5, 2, 9), (1, 12, 3), (14, 1, 7), (3, 4, 4), (20, 17, 25), (6, 6, 1)]
     return [
-        TokenizedPair(
-            *(tuple(generator.choices(range(97), k=count)) for count in counts), source=f"pairs:{line}"
-        )
+        Group.of((generator.choices(range(97), k=count) for count in counts), f"pairs:{line}")
         for line, counts in enumerate(lengths)
     ]
 
@@ -63,7 +61,7 @@ def gradients_of(model) -> dict[str, torch.Tensor]:
 
 def step_of(model, pairs, objective: Orpo, microbatch_tokens: int, mode="sdpa"):
     """Metrics and gradients by qorpo."""
-    scorer = PairScorer(model, mode, chunk_tokens=7)
+    scorer = Scorer(model, mode, chunk_tokens=7)
     with scorer.packed_attention():
         metrics = run_step(
             scorer,
@@ -76,22 +74,22 @@ def step_of(model, pairs, objective: Orpo, microbatch_tokens: int, mode="sdpa"):
     return metrics, gradients_of(model)
 
 
-def paper_step(model, pairs: Sequence[TokenizedPair], nll_tokens: str, nll_average: str):
+def paper_step(model, pairs: Sequence[Group], nll_tokens: str, nll_average: str):
     """The same straight from the paper: each sequence alone through the model, no packing, no micro-batch, no
     rearranged formula."""
     rows = []
     nll_sum, nll_count = torch.zeros((), dtype=torch.float64), 0
     for pair in pairs:
         logps = {}
-        for side, response in (("chosen", pair.chosen_ids), ("rejected", pair.rejected_ids)):
+        for side, response in (("chosen", pair.responses[0]), ("rejected", pair.responses[1])):
             ids = torch.tensor([[*pair.prompt_ids, *response]])
             probabilities = model(input_ids=ids, use_cache=False).logits[0, :-1].softmax(-1)
             logps[side] = probabilities[torch.arange(ids.shape[1] - 1), ids[0, 1:]].log()
-        learned = logps["chosen"] if nll_tokens == "all" else logps["chosen"][-len(pair.chosen_ids) :]
+        learned = logps["chosen"] if nll_tokens == "all" else logps["chosen"][-len(pair.responses[0]) :]
         nll_sum, nll_count = nll_sum - learned.sum(), nll_count + len(learned)
 
-        log_p_chosen = logps["chosen"][-len(pair.chosen_ids) :].mean()
-        log_p_rejected = logps["rejected"][-len(pair.rejected_ids) :].mean()
+        log_p_chosen = logps["chosen"][-len(pair.responses[0]) :].mean()
+        log_p_rejected = logps["rejected"][-len(pair.responses[1]) :].mean()
         odds_chosen, odds_rejected = (p.exp() / (1 - p.exp()) for p in (log_p_chosen, log_p_rejected))
         odds_ratio = odds_chosen / odds_rejected  # Eq. 1
         rows.append(
@@ -162,7 +160,7 @@ def test_the_four_conventions_are_four_losses(model):
 def test_scoring_alone_gives_the_same_metrics_and_no_gradient(model):
     pairs, objective = make_pairs(), objective_of()
     expected, _ = step_of(model, pairs, objective, MEDIUM)
-    scorer = PairScorer(model, "sdpa")
+    scorer = Scorer(model, "sdpa")
     with torch.no_grad(), scorer.packed_attention():
         metrics = run_step(scorer, pairs, objective, microbatch_tokens=TINY, device=CPU)
     assert_same_step((metrics, {}), (expected, {}))
@@ -177,9 +175,9 @@ class _Lookup:
 
     def __init__(self, dtype=torch.float64):
         self.scale = torch.ones((), dtype=dtype, requires_grad=True)
-        self.rows: list[PackedPairs] = []
+        self.rows: list[PackedGroups] = []
 
-    def __call__(self, packed: PackedPairs) -> torch.Tensor:
+    def __call__(self, packed: PackedGroups) -> torch.Tensor:
         self.rows.append(packed)
         return -self.scale * packed.targets.to(self.scale.dtype)
 
@@ -187,8 +185,8 @@ class _Lookup:
 # Chosen: one token of −4; three of −1, −1 and −2. Rejected: −2; −3 and −5.
 # The second token of the second prompt is −6, its third −7; a first token is never scored.
 HAND = [
-    TokenizedPair((50,), (4,), (2,), "a:1"),
-    TokenizedPair((60, 6, 7), (1, 1, 2), (3, 5), "a:2"),
+    Group((50,), ((4,), (2,)), "a:1"),
+    Group((60, 6, 7), ((1, 1, 2), (3, 5)), "a:2"),
 ]
 HAND_NLL = {
     # A mean of each sequence, then of the pairs: (4 + 4/3) / 2.
@@ -232,7 +230,7 @@ def test_the_shares_of_the_loss_add_up_to_it(convention):
 @pytest.mark.parametrize("convention", CONVENTIONS)
 def test_a_micro_batch_by_itself(convention):
     pairs, objective = make_pairs(), objective_of(*convention)
-    totals = objective.totals([lengths_of(pair) for pair in pairs])
+    totals = objective.totals([pair.lengths for pair in pairs])
     lookup = _Lookup()
     run_step(lookup, pairs, objective, microbatch_tokens=MEDIUM, device=CPU)
     outputs = [objective(scores_of(lookup(packed), packed), totals) for packed in list(lookup.rows)]
@@ -249,21 +247,22 @@ def test_rows_keep_the_budget_and_score_prompts_only_where_these_are_learned(mic
     assert sum(len(packed.lengths) for packed in lookup.rows) == len(pairs)
     for packed in lookup.rows:
         assert packed.input_ids.numel() <= microbatch_tokens or len(packed.lengths) == 1
-        assert packed.scores_prompts == (nll_tokens == "all")
+        for (prompt, *_), (scored, *_) in zip(packed.lengths, packed.scored, strict=True):
+            assert scored == (prompt - 1 if nll_tokens == "all" else 0)
     assert len(lookup.rows) == {TINY: 7, HUGE: 1}.get(microbatch_tokens, 3)
 
 
 def test_what_the_means_are_over():
-    lengths = [lengths_of(pair) for pair in HAND]
+    lengths = [pair.lengths for pair in HAND]
     assert objective_of("response").totals(lengths) == Totals(groups=2, nll_tokens=4)
     assert objective_of("all").totals(lengths) == Totals(groups=2, nll_tokens=6)
 
 
 def test_sequences_are_averaged_in_float64():
     # Each token is float32's 0.1; summed in float32, a thousand of them are off by 1e-6.
-    pairs = [TokenizedPair((1,), (2,) * 1000, (3,) * 1000, "a:1")]
+    pairs = [Group((1,), ((2,) * 1000, (3,) * 1000), "a:1")]
 
-    def tenths(packed: PackedPairs) -> torch.Tensor:
+    def tenths(packed: PackedGroups) -> torch.Tensor:
         return torch.full((len(packed.targets),), -0.1, dtype=torch.float32)
 
     metrics = run_step(tenths, pairs, objective_of(), microbatch_tokens=HUGE, device=CPU)

@@ -8,12 +8,12 @@ from helpers import architectures
 from helpers.tiny import make_base
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qorpo.data.tokenize import TokenizedPair
+from qorpo.data.groups import Group
 from qorpo.engine.step import run_step
 from qorpo.model.adapters import attach_lora
 from qorpo.model.checkpointing import checkpoint_layers
 from qorpo.model.load import load_model
-from qorpo.model.scoring import PairScorer
+from qorpo.model.scoring import Scorer
 from qorpo.objectives.orpo import Orpo
 
 CPU = torch.device("cpu")
@@ -47,14 +47,11 @@ def pairs():
     def tokens(count):
         return tuple(torch.randint(97, (count,), generator=generator).tolist())
 
-    return [
-        TokenizedPair(*map(tokens, each), source="test")
-        for each in [(11, 9, 4), (1, 1, 1), (7, 3, 12), (2, 8, 5)]
-    ]
+    return [Group.of(map(tokens, each), "test") for each in [(11, 9, 4), (1, 1, 1), (7, 3, 12), (2, 8, 5)]]
 
 
 def waits_of_a_step(model, mode, **objective):
-    scorer = PairScorer(model, mode, chunk_tokens=7)
+    scorer = Scorer(model, mode, chunk_tokens=7)
     with scorer.packed_attention(), Waits() as waits:
         means = run_step(
             scorer.train(), pairs(), Orpo(**objective), microbatch_tokens=40, device=CPU,

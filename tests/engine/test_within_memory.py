@@ -4,10 +4,11 @@ import pytest
 import torch
 from test_step import ARCHITECTURES, CPU, assert_same_step, gradients_of, make_pairs, model, objective_of
 
-from qorpo.data.pack import row_tokens, split_by_budget
+from qorpo.data.groups import row_tokens
+from qorpo.data.pack import split_by_budget
 from qorpo.engine.step import run_step
 from qorpo.engine.within_memory import StepTooLargeError, within_memory
-from qorpo.model.scoring import PairScorer
+from qorpo.model.scoring import Scorer
 
 assert ARCHITECTURES
 assert model  # fixtures of the neighbour
@@ -63,7 +64,7 @@ def test_the_step_is_the_undisturbed_one_with_the_smaller_budget(model, where, n
     pairs = make_pairs()
     budget = 65
     assert len(split_by_budget(pairs, budget)) == 3
-    scorer = PairScorer(model, "sdpa", chunk_tokens=7)
+    scorer = Scorer(model, "sdpa", chunk_tokens=7)
     failing = Failing(scorer, **{f"failing_{where}": number})
     disturbed, took = step_within_memory(model, pairs, failing, budget)
     longest = max(map(row_tokens, pairs))
@@ -72,12 +73,12 @@ def test_the_step_is_the_undisturbed_one_with_the_smaller_budget(model, where, n
     assert same == took
     assert_same_step(disturbed, undisturbed, tolerance=1e-10)
     seen = sorted(lengths for row in failing.rows for lengths in row)
-    assert seen == sorted(tuple(map(len, (p.prompt_ids, p.chosen_ids, p.rejected_ids))) for p in pairs)
+    assert seen == sorted(tuple(map(len, (p.prompt_ids, p.responses[0], p.responses[1]))) for p in pairs)
 
 
 def test_it_is_halved_again_and_again(model):
     pairs = make_pairs()[:5]  # 36 tokens, the longest pair 22
-    scorer = PairScorer(model, "sdpa", chunk_tokens=7)
+    scorer = Scorer(model, "sdpa", chunk_tokens=7)
     attempts = []
 
     def attempt(tokens):

@@ -22,11 +22,11 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from helpers.architectures import SHARED, build
-from qorpo.data.pack import pack_pairs
-from qorpo.data.tokenize import TokenizedPair
+from qorpo.data.groups import Group
+from qorpo.data.pack import pack_groups
 from qorpo.model.adapters import attach_lora
 from qorpo.model.liger import apply_liger, own_modules
-from qorpo.model.scoring import PairScorer
+from qorpo.model.scoring import Scorer
 from qorpo.model.selfcheck import resolve_mode
 
 
@@ -57,8 +57,8 @@ def fix_interpreter() -> None:
 
 def main() -> None:
     fix_interpreter()
-    packed = pack_pairs(
-        [TokenizedPair((5, 6, 7), (8, 9), (10, 11, 12), "a:1"), TokenizedPair((3,), (4, 5), (7,), "a:2")]
+    packed = pack_groups(
+        [Group((5, 6, 7), ((8, 9), (10, 11, 12)), "a:1"), Group((3,), ((4, 5), (7,)), "a:2")]
     )
     for name in SHARED:
         model = build(name).float()
@@ -69,7 +69,7 @@ def main() -> None:
             weight.requires_grad_(True)
             if "lora_B" in weight_name:
                 torch.nn.init.normal_(weight, std=0.1)
-        scorer = PairScorer(peft_model)
+        scorer = Scorer(peft_model)
         resolve_mode(scorer, scorer, liger=True)
         upstream_S = torch.randn(len(packed.targets))
 

@@ -118,11 +118,9 @@ class WatchedTrainer(loop.Trainer):
 
     def _profile(self, step) -> None:
         """Note the most that a step adds to what this rank holds, as torch's profiler sees it, and its pairs."""
-        pairs = self.pairs_of_step(self.state.step)
+        pairs = self.groups_of_step(self.state.step)
         rows = self.ranks.micro_batches(pairs, int(self.recipe.memory.microbatch_tokens))
-        self.seen["rows"] = [
-            [len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids)] for pair in rows[0]
-        ]
+        self.seen["rows"] = [list(pair.lengths) for pair in rows[0]]
         self.seen["standing_bytes"] = sum(self._standing_bytes().values())
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
             step()

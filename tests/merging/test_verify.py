@@ -12,8 +12,8 @@ from helpers.tiny import make_base, preference_records, write_records
 from safetensors.torch import load_file, save_file
 
 import qorpo
-from qorpo.data.pack import pack_pairs
-from qorpo.data.tokenize import TokenizedPair
+from qorpo.data.groups import Group
+from qorpo.data.pack import pack_groups
 from qorpo.errors import RunError
 from qorpo.merging import merge as merging
 from qorpo.merging.source import find_base, find_trained
@@ -23,9 +23,9 @@ from qorpo.model.scoring import own_logps, sequences
 from qorpo.objectives.orpo import Orpo
 
 PAIRS = [
-    TokenizedPair((5, 9, 30), (7, 8, 9, 10), (11, 12), "a"),
-    TokenizedPair((6,), (70, 80), (90, 91, 92), "b"),
-    TokenizedPair((40, 41), (60,), (61, 62, 63), "c"),
+    Group((5, 9, 30), ((7, 8, 9, 10), (11, 12)), "a"),
+    Group((6,), ((70, 80), (90, 91, 92)), "b"),
+    Group((40, 41), ((60,), (61, 62, 63)), "c"),
 ]
 CPU = torch.device("cpu")
 
@@ -34,7 +34,7 @@ def plain_kl(reference, merged):
     """(S,) in float64, from each model's own logits of each sequence alone."""
     divergences = []
     with torch.no_grad():
-        for ids, predictors, _ in sequences(pack_pairs(PAIRS)):
+        for ids, predictors, _ in sequences(pack_groups(PAIRS)):
             own, others = (
                 model(ids).logits[0, predictors].double().log_softmax(-1) for model in (reference, merged)
             )
@@ -55,7 +55,7 @@ def test_the_divergence_is_that_of_the_models_own_logits(name):
     kl_S = plain_kl(reference, merged)
     assert comparison.figures["kl_mean"] == pytest.approx(kl_S.mean().item(), rel=1e-4)
     assert comparison.figures["kl_worst"] == pytest.approx(kl_S.max().item(), rel=1e-4)
-    chosen = [own_logps(model, pack_pairs(PAIRS[:1])) for model in (reference, merged)]
+    chosen = [own_logps(model, pack_groups(PAIRS[:1])) for model in (reference, merged)]
     assert chosen[0].shape == (6,)
     assert comparison.figures["nll"] == pytest.approx(comparison.after["nll"] - comparison.before["nll"])
     assert comparison.figures["nll"] == -comparison.figures["chosen_logps"]
@@ -66,7 +66,7 @@ def test_prompts_count_where_the_run_learned_them(average):
     """`nll_tokens: all`: their tokens are in the NLL as in training, and compared as well."""
     model = build("llama").float()
     scores = _Scores.of(model, PAIRS, Orpo(nll_tokens="all", nll_average=average))
-    whole = [torch.tensor([pair.prompt_ids + pair.chosen_ids]) for pair in PAIRS]
+    whole = [torch.tensor([pair.prompt_ids + pair.responses[0]]) for pair in PAIRS]
     with torch.no_grad():
         own = [
             F.cross_entropy(model(ids).logits[0, :-1].double(), ids[0, 1:], reduction="none") for ids in whole
@@ -74,7 +74,7 @@ def test_prompts_count_where_the_run_learned_them(average):
     nll = torch.stack([each.mean() for each in own]) if average == "sequence" else torch.cat(own)
     assert scores.metrics["nll"] == pytest.approx(nll.mean().item(), rel=1e-5)
     prompts = sum(len(pair.prompt_ids) - 1 for pair in PAIRS)
-    responses = sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in PAIRS)
+    responses = sum(len(pair.responses[0]) + len(pair.responses[1]) for pair in PAIRS)
     assert len(scores.hidden_SH) == responses + prompts
 
 

@@ -10,17 +10,17 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from qorpo.data.pack import pack_pairs
-from qorpo.data.tokenize import TokenizedPair
+from qorpo.data.groups import Group
+from qorpo.data.pack import pack_groups
 from qorpo.model.adapters import attach_lora
 from qorpo.model.checkpointing import checkpoint_layers
 from qorpo.model.load import load_model
-from qorpo.model.scoring import PairScorer
+from qorpo.model.scoring import Scorer
 
-PACKED = pack_pairs(
+PACKED = pack_groups(
     [
-        TokenizedPair((5, 6, 7) * 5, (8, 9) * 7, (10, 11, 12, 13), "a:1"),
-        TokenizedPair((3,), (4, 5, 6), (7, 8), "a:2"),
+        Group((5, 6, 7) * 5, ((8, 9) * 7, (10, 11, 12, 13)), "a:1"),
+        Group((3,), ((4, 5, 6), (7, 8)), "a:2"),
     ]
 )
 NUM_TOKENS = PACKED.input_ids.shape[1]
@@ -40,7 +40,7 @@ def adapted(base, quantization="nf4", **lora):
 def loss_and_gradients(model, dropout_seed=0):
     model.zero_grad()
     torch.manual_seed(dropout_seed)
-    scorer = PairScorer(model)
+    scorer = Scorer(model)
     with scorer.packed_attention():
         logps = scorer(PACKED)
         logps.square().mean().backward()

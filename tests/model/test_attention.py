@@ -13,15 +13,15 @@ import torch
 from helpers.architectures import SHARED, build
 from torch.nn.attention import varlen
 
-from qorpo.data.pack import pack_pairs
-from qorpo.data.tokenize import TokenizedPair
+from qorpo.data.groups import Group
+from qorpo.data.pack import pack_groups
 from qorpo.errors import ModelError
 from qorpo.model import attention
 from qorpo.model.attention import PackedLayout
-from qorpo.model.scoring import PairScorer, own_logps
+from qorpo.model.scoring import Scorer, own_logps
 from qorpo.model.selfcheck import varlen_has_all
 
-LENGTHS = [(11, 9, 4), (1, 1, 1), (7, 3, 12), (2, 8, 5)]
+LENGTHS = [(11, 9, 4), (1, 1, 1), (6, 7), (7, 3, 12, 1, 6, 2), (2, 8, 5)]  # groups of 1, 2 and 5 responses
 BUDGET = 1.5
 
 
@@ -31,7 +31,7 @@ def packed_row():
     def tokens(count):
         return tuple(torch.randint(97, (count,), generator=generator).tolist())
 
-    return pack_pairs([TokenizedPair(*map(tokens, each), source="test") for each in LENGTHS])
+    return pack_groups([Group.of(map(tokens, each), "test") for each in LENGTHS])
 
 
 def sequences_attended(query, key, value, query_ends, key_ends, scale, window, softcap):
@@ -100,7 +100,7 @@ def kernel(request, monkeypatch):
 
 
 def scored(model, mode, packed):
-    scorer = PairScorer(model, mode)
+    scorer = Scorer(model, mode)
     with torch.no_grad(), scorer.packed_attention():
         return scorer(packed)
 
@@ -147,7 +147,7 @@ def test_one_layout_a_row_and_one_gathering_of_keys_and_values_a_layer(kernel, r
     monkeypatch.setattr(
         attention, "_gathered", lambda layout, *args: gathered.append(id(layout)) or gather(layout, *args)
     )
-    scorer = PairScorer(model, kernel)
+    scorer = Scorer(model, kernel)
     with scorer.packed_attention():
         scorer(packed).sum().backward()
     assert len(layouts) == 1

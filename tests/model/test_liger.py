@@ -14,7 +14,7 @@ from transformers.models.llama import modeling_llama
 from qorpo.errors import ModelError
 from qorpo.model.adapters import attach_lora
 from qorpo.model.liger import apply_liger, has_liger, own_modules, remove_liger
-from qorpo.model.scoring import PairScorer
+from qorpo.model.scoring import Scorer
 from qorpo.model.selfcheck import resolve_mode
 
 monkey_patch = pytest.importorskip("liger_kernel.transformers.monkey_patch")
@@ -140,7 +140,7 @@ def test_where_log_probs_differ_auto_goes_back_to_the_models_own_and_says_so(cap
     model = build("llama")
     apply_liger(model, "auto")
     make_it_wrong(model)
-    scorer = PairScorer(model)
+    scorer = Scorer(model)
     resolve_mode(scorer, scorer, liger="auto")
     assert scorer.mode == "sdpa"
     assert not has_liger(model)
@@ -152,7 +152,7 @@ def test_and_true_is_refused():
     model = build("llama")
     apply_liger(model, True)
     make_it_wrong(model)
-    scorer = PairScorer(model)
+    scorer = Scorer(model)
     with pytest.raises(ModelError, match=r"log-probs differ from the model's own.* set model\.liger: auto"):
         resolve_mode(scorer, scorer, liger=True)
 
@@ -173,7 +173,7 @@ def test_kernels_that_can_not_run_are_a_difference_too(caplog):
         pytest.skip("they can")
     model = build("llama").float()
     apply_liger(model, "auto")
-    scorer = PairScorer(model)
+    scorer = Scorer(model)
     resolve_mode(scorer, scorer)
     assert not has_liger(model)
 

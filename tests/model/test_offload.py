@@ -8,23 +8,23 @@ import pytest
 import torch
 from helpers.architectures import SHARED, build
 
-from qorpo.data.pack import pack_pairs
-from qorpo.data.tokenize import TokenizedPair
+from qorpo.data.groups import Group
+from qorpo.data.pack import pack_groups
 from qorpo.model import offload as offload_module
 from qorpo.model.checkpointing import checkpoint_layers, decoder_layers
-from qorpo.model.scoring import PairScorer
+from qorpo.model.scoring import Scorer
 
 PAIRS = [
-    TokenizedPair((5, 6, 7), (8, 9), (10, 11, 12, 13), "a:1"),
-    TokenizedPair((3,), (4, 5, 6), (7, 8), "a:2"),
+    Group((5, 6, 7), ((8, 9), (10, 11, 12, 13)), "a:1"),
+    Group((3,), ((4, 5, 6), (7, 8)), "a:2"),
 ]
 
 
 def loss_and_gradients(model):
-    scorer = PairScorer(model, "sdpa", chunk_tokens=4)
+    scorer = Scorer(model, "sdpa", chunk_tokens=4)
     model.zero_grad()
     with scorer.packed_attention():
-        logps = scorer(pack_pairs(PAIRS))
+        logps = scorer(pack_groups(PAIRS))
         (logps.square() + logps).sum().backward()
     return [
         logps.detach(),
@@ -63,9 +63,9 @@ def test_the_inputs_leave_after_forward_and_the_copies_after_backward(monkeypatc
     model = build("llama")
     checkpoint_layers(model, offload=offload)
     inputs, copies = watched_inputs(model, monkeypatch)
-    scorer = PairScorer(model, "sdpa")
+    scorer = Scorer(model, "sdpa")
     with scorer.packed_attention():
-        loss = scorer(pack_pairs(PAIRS)).sum()
+        loss = scorer(pack_groups(PAIRS)).sum()
         gc.collect()
         there = [reference() is not None for reference in inputs]
         assert there == [not offload] * 3
@@ -79,10 +79,10 @@ def test_the_inputs_leave_after_forward_and_the_copies_after_backward(monkeypatc
 def test_masks_and_positions_stay():
     model = build("llama")
     checkpoint_layers(model, offload=True)
-    scorer = PairScorer(model, "dense")
+    scorer = Scorer(model, "dense")
     before = loss_and_gradients(copy.deepcopy(build("llama")))
     with scorer.packed_attention():
-        logps = scorer(pack_pairs(PAIRS))
+        logps = scorer(pack_groups(PAIRS))
     torch.testing.assert_close(logps.detach(), before[0], rtol=0, atol=1e-10)
 
 
@@ -91,4 +91,4 @@ def test_scoring_alone_moves_nothing(monkeypatch):
     model = build("llama")
     checkpoint_layers(model, offload=True)
     with torch.no_grad():
-        PairScorer(model, "dense")(pack_pairs(PAIRS))
+        Scorer(model, "dense")(pack_groups(PAIRS))

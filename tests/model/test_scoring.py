@@ -7,14 +7,14 @@ import torch
 import torch.nn.functional as F
 from helpers.architectures import SHARED, SMALL, build
 
-from qorpo.data.pack import pack_pairs
-from qorpo.data.tokenize import TokenizedPair
+from qorpo.data.groups import Group
+from qorpo.data.pack import pack_groups
 from qorpo.errors import ModelError
 from qorpo.model.checkpointing import checkpoint_layers
-from qorpo.model.scoring import PairScorer, own_logps
+from qorpo.model.scoring import Scorer, own_logps, sequences
 from qorpo.model.selfcheck import make_scorer
 
-LENGTHS = [(11, 9, 4), (1, 1, 1), (7, 3, 12)]
+LENGTHS = [(11, 9, 4), (5, 8), (1, 1, 1), (7, 3, 12, 1, 6, 2)]  # groups of 1, 2 and 5 responses
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def pairs(lengths=LENGTHS):
     def tokens(count):
         return tuple(torch.randint(97, (count,), generator=generator).tolist())
 
-    return [TokenizedPair(*map(tokens, each), source="test") for each in lengths]
+    return [Group.of(map(tokens, each), "test") for each in lengths]
 
 
 def logps_and_gradients(score, packed, model, upstream_S):
@@ -61,12 +61,26 @@ def scored(scorer):
 @pytest.mark.parametrize("mode", ["sdpa", "dense"])
 def test_a_shared_row_is_each_sequence_alone(name, mode, float64_throughout):
     model = build(name)
-    packed = pack_pairs(pairs(), score_prompts=True)
+    packed = pack_groups(pairs(), score_prompts=True)
     upstream_S = torch.randn(len(packed.targets), dtype=torch.float64)
     alone = logps_and_gradients(lambda row: own_logps(model, row), packed, model, upstream_S)
-    shared = logps_and_gradients(scored(PairScorer(model, mode, chunk_tokens=7)), packed, model, upstream_S)
+    shared = logps_and_gradients(scored(Scorer(model, mode, chunk_tokens=7)), packed, model, upstream_S)
     for ours, own in zip(shared, alone, strict=True):
         torch.testing.assert_close(ours, own, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("score_prompts", [False, True])
+def test_a_sequence_alone_is_a_prompt_with_one_of_its_responses(score_prompts):
+    groups = pairs()
+    expected = [(*group.prompt_ids, *response) for group in groups for response in group.responses]
+    firsts = [number == 0 for group in groups for number in range(len(group.responses))]
+    prompts = [len(group.prompt_ids) for group in groups for _ in group.responses]
+    found = list(sequences(pack_groups(groups, score_prompts=score_prompts)))
+    assert [tuple(ids[0].tolist()) for ids, _, _ in found] == expected
+    for (ids_1T, predictors, targets), is_first, prompt in zip(found, firsts, prompts, strict=True):
+        scored_from = 1 if is_first and score_prompts else prompt
+        assert predictors.tolist() == list(range(scored_from - 1, ids_1T.shape[1] - 1))
+        assert targets.tolist() == ids_1T[0, scored_from:].tolist()
 
 
 @pytest.mark.parametrize("name", SHARED)
@@ -77,9 +91,9 @@ def test_every_claimed_architecture_shares_prompts_by_itself(name):
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
 def test_recomputing_layers_changes_no_gradient(name):
     model = build(name).train()
-    packed = pack_pairs(pairs())
+    packed = pack_groups(pairs())
     upstream_S = torch.randn(len(packed.targets), dtype=torch.float64)
-    scorer = PairScorer(model)
+    scorer = Scorer(model)
 
     def gradients():
         with scorer.packed_attention():
@@ -112,7 +126,7 @@ def test_recurrent_layers_run_unshared_and_the_log_says_so(model_type, caplog):
     assert scorer.mode == "separate"
     assert "separate" in caplog.text
     assert "can't share a row" in caplog.text
-    packed = pack_pairs(pairs(), score_prompts=True)
+    packed = pack_groups(pairs(), score_prompts=True)
     own_S = own_logps(model, packed)
     torch.testing.assert_close(scorer(packed), own_S, rtol=0, atol=1e-5)
 
@@ -167,10 +181,10 @@ def test_bfloat16_rows_pass_the_check():
 
 def test_no_logits_of_the_whole_row_are_made():
     model = build("llama")
-    packed = pack_pairs(pairs())
+    packed = pack_groups(pairs())
     sizes = []
     with torch.no_grad(), RecordSizes(sizes):
-        scored(PairScorer(model, chunk_tokens=2))(packed)
+        scored(Scorer(model, chunk_tokens=2))(packed)
     assert max(sizes) < packed.input_ids.numel() * model.config.vocab_size
 
 

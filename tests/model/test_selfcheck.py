@@ -5,8 +5,8 @@ import torch
 from helpers.architectures import build
 from helpers.shortages import SHORTAGES
 
-from qorpo.data.pack import pack_pairs
-from qorpo.data.tokenize import TokenizedPair
+from qorpo.data.groups import Group
+from qorpo.data.pack import pack_groups
 from qorpo.errors import ModelError
 from qorpo.model import scoring
 from qorpo.model.probe import probe_rows
@@ -33,7 +33,7 @@ def pairs(lengths):
     def tokens(count):
         return tuple(torch.randint(97, (count,), generator=generator).tolist())
 
-    return [TokenizedPair(*map(tokens, each), source="test") for each in lengths]
+    return [Group.of(map(tokens, each), "test") for each in lengths]
 
 
 @pytest.mark.parametrize("initializer_range", [0.02, 0.2])
@@ -41,7 +41,7 @@ def pairs(lengths):
 def test_a_model_that_goes_by_the_place_in_the_row_is_scored_a_sequence_at_a_time(name, initializer_range):
     model = build(*BY_PLACE[name], initializer_range=initializer_range).float()
     scorer = make_scorer(model)
-    packed = pack_pairs(pairs([(11, 60, 14), (7, 3, 12)]), score_prompts=True)
+    packed = pack_groups(pairs([(11, 60, 14), (7, 3, 12)]), score_prompts=True)
     with torch.no_grad(), scorer.packed_attention():
         torch.testing.assert_close(scorer(packed), own_logps(model, packed), rtol=0, atol=2e-5)
 
@@ -60,7 +60,7 @@ def test_so_is_it_in_half_precision_and_where_it_hardly_attends(name, initialize
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_the_row_is_longer_than_a_window_and_a_model_without_one_has_a_short_row(dtype):
     windowed, _ = probe_rows(build(*BY_PLACE["a local window of 256"]).to(dtype))
-    assert windowed.packed.lengths[1].chosen > 256
+    assert windowed.packed.lengths[1][1] > 256
     plain, longer = probe_rows(build("llama").to(dtype))
     assert plain.packed.input_ids.shape[1] < 64
     assert longer.first_T.sum() == plain.packed.input_ids.shape[1]
@@ -90,7 +90,7 @@ def test_right_log_probs_with_wrong_gradients_are_refused(monkeypatch):
 
 def test_a_shortage_in_the_check_is_told_as_one(monkeypatch):
     model = build("llama")
-    forward, calls = scoring.PairScorer.forward, []
+    forward, calls = scoring.Scorer.forward, []
 
     def broken(self, packed, by_own_logits=False):
         calls.append(packed)
@@ -98,7 +98,7 @@ def test_a_shortage_in_the_check_is_told_as_one(monkeypatch):
             raise SHORTAGES["torch's allocator"]()
         return forward(self, packed, by_own_logits)
 
-    monkeypatch.setattr(scoring.PairScorer, "forward", broken)
+    monkeypatch.setattr(scoring.Scorer, "forward", broken)
     with pytest.raises(torch.OutOfMemoryError):
         make_scorer(model)
 

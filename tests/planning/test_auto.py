@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 import qorpo
 from qorpo import Trainer, load_pairs
-from qorpo.data.pack import PairLengths
+from qorpo.data.groups import GroupLengths
 from qorpo.model.checkpointing import _Recomputed, decoder_layers
 from qorpo.model.load import load_model, load_tokenizer
 from qorpo.planning import auto, fake_model, live_bytes
@@ -48,7 +48,7 @@ def test_off_cuda_and_without_a_budget_auto_is_fixed(recipe_dict, base, pairs_fi
 def test_on_the_cpu_layers_are_spared_recomputation_while_memory_is_plenty(
     recipe_dict, base, pairs_file, monkeypatch, layers_that_fit, recomputed
 ):
-    longest = PairLengths(30, 20, 10)
+    longest = (30, 20, 10)
     trainer = trainer_of(recipe_dict, base, pairs_file, memory__activation_checkpointing=False)
     kept = auto.kept_bytes(trainer.model, "sdpa", longest)
     available = layers_that_fit / 2 * kept * 2048 / 60 / auto.HOST_SHARE
@@ -63,7 +63,7 @@ def test_on_the_cpu_layers_are_spared_recomputation_while_memory_is_plenty(
 def test_what_a_forward_keeps_is_counted_once_and_without_the_model(recipe_dict, base, pairs_file):
     trainer = trainer_of(recipe_dict, base, pairs_file, memory__activation_checkpointing=False)
     short, long = (
-        auto.kept_bytes(trainer.model, "sdpa", PairLengths(*lengths)) for lengths in ((9, 6, 5), (90, 60, 50))
+        auto.kept_bytes(trainer.model, "sdpa", tuple(lengths)) for lengths in ((9, 6, 5), (90, 60, 50))
     )
     constant = (10 * short - long) / 9  # the adapters' casts, whatever the tokens
     assert 0 <= constant < 4 * sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
@@ -100,7 +100,7 @@ def test_what_auto_became_is_saved_and_what_was_given_is_kept(recipe_dict):
     assert checkpointed_layers(result.trainer) == [True, False]
 
 
-LONGEST = PairLengths(9, 6, 5)
+LONGEST = (9, 6, 5)
 
 
 def planned(recipe_dict, base, longest=LONGEST):
@@ -130,7 +130,7 @@ def test_a_model_that_can_not_be_planned_trains_with_fixed_values(
 def test_a_fault_of_the_plan_itself_is_not_taken_for_the_models(recipe_dict, base, monkeypatch, place):
     longest = LONGEST
     if place == "lengths of a pair":
-        longest = PairLengths(9.0, 6.0, 5.0)  # as nulls in a column once made them
+        longest = GroupLengths(9.0, 6.0, 5.0)  # as nulls in a column once made them
     elif place == "counting of bytes":
         monkeypatch.setattr(live_bytes, "BLOCK", None)
     else:

@@ -4,9 +4,8 @@ import pytest
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from qorpo.data.pack import PairLengths
 from qorpo.planning import counter as counter_module
-from qorpo.planning.counter import MemorySettings, StepCounter, pair_of
+from qorpo.planning.counter import MemorySettings, StepCounter, group_of
 from qorpo.planning.fake_model import make_fake_model, shortened
 from qorpo.planning.largest import largest_rank_that_fits, largest_that_fits, longest_row_that_fits
 from qorpo.planning.settings import fastest_that_fits, frugal, ladder, reserved_bytes
@@ -26,7 +25,7 @@ def recipe_of(*overrides: str):
 
 def counter_of(*overrides: str, model="llama", longest=300, **config) -> StepCounter:
     config = CONFIG_MAPPING[model](**SEVEN_LAYERS | config)
-    return StepCounter(config, recipe_of(*overrides), longest=pair_of(longest), on_cuda=True)
+    return StepCounter(config, recipe_of(*overrides), longest=group_of(longest, 2), on_cuda=True)
 
 
 @pytest.mark.parametrize(("recomputed", "offload"), [(7, False), (7, True), (0, False), (4, False)])
@@ -109,13 +108,13 @@ def test_a_model_that_packed_attention_does_not_reach_is_counted_another_way():
 
 def test_rows_are_filled_with_the_longest_pairs():
     counter = counter_of("train.pairs_per_step=3", longest=101)
-    assert counter.longest == PairLengths(1, 50, 50)
+    assert counter.longest == (1, 50, 50)
 
     def rows(tokens):
         return counter.rows(MemorySettings(tokens, 64, 7, False))
 
     assert rows(1) == rows(101) == rows(103) == (counter.longest,)
-    assert rows(250) == (counter.longest, counter.longest, pair_of(48))
+    assert rows(250) == (counter.longest, counter.longest, group_of(48, 2))
     assert sum(map(sum, rows(250))) == 250
     assert rows(10_000) == (counter.longest,) * 3
 
@@ -142,7 +141,7 @@ def test_the_longest_row_fits_by_a_full_count_and_hardly_a_longer_one():
     counter, recipe = counter_of(), recipe_of()
     room = 2 * reserved_bytes(counter.peak_bytes(frugal(recipe.memory, counter, 64)))
     row = longest_row_that_fits(recipe, counter, 64, room)
-    longer = counter.changed(longest=pair_of(row))
+    longer = counter.changed(longest=group_of(row, 2))
     counted = longer.count(frugal(recipe.memory, longer, max(64, row // 16)))
     assert 0.96 * room < reserved_bytes(counted.peak.total_bytes) <= 1.005 * room
 
@@ -160,7 +159,7 @@ def test_the_largest_rank_fits_by_a_full_count_and_hardly_a_larger_one():
 class LineCounter:
     """A model of ten layers whose needs can be added up by hand: 100 stand, a kept layer is 20, an input is 2."""
 
-    num_layers, on_cuda, longest = 10, True, pair_of(1001)
+    num_layers, on_cuda, longest = 10, True, group_of(1001, 2)
 
     def rows(self, settings):
         return (self.longest,) * max(1, settings.microbatch_tokens // 1001)

@@ -15,7 +15,7 @@ from transformers import LlamaConfig
 
 import qorpo
 from qorpo.errors import ModelError, RecipeError
-from qorpo.planning.counter import MemorySettings, StepCounter, pair_of
+from qorpo.planning.counter import MemorySettings, StepCounter, group_of
 from qorpo.planning.plan import budget_of, read_budgets
 from qorpo.planning.settings import (
     CONTEXT_BYTES,
@@ -48,7 +48,7 @@ def recipe_of(path, *overrides: str):
 
 
 def counter_of(name: str, max_length: int, recipe=None, ranks: int = 1) -> StepCounter:
-    longest, recipe = pair_of(2 * max_length - 1), recipe or recipe_of(name)
+    longest, recipe = group_of(2 * max_length - 1, 2), recipe or recipe_of(name)
     return StepCounter(published_config(name), recipe, longest=longest, on_cuda=True, ranks=ranks)
 
 
@@ -93,7 +93,7 @@ def test_two_cards_of_24_gib_hold_70b_in_4_bits():
         hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8
     )  # fmt: skip
     recipe = recipe_of("x", "memory.sharding=full", "train.pairs_per_step=8")
-    counter = StepCounter(shape, recipe, longest=pair_of(2 * 1024 - 1), on_cuda=True, ranks=2)
+    counter = StepCounter(shape, recipe, longest=group_of(2 * 1024 - 1, 2), on_cuda=True, ranks=2)
     assert reserved_bytes(counter.peak_bytes(frugal(recipe.memory, counter, 512))) <= room_of(24)
     one = counter.changed(ranks=1)
     assert reserved_bytes(one.peak_bytes(frugal(recipe.memory, one, 512))) > room_of(24)

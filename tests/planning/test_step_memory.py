@@ -11,14 +11,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from qorpo.build import build_objective
-from qorpo.data.pack import PairLengths
-from qorpo.data.tokenize import TokenizedPair
+from qorpo.data.groups import Group, GroupLengths
 from qorpo.engine.optim import make_optimizer
 from qorpo.engine.step import run_step
 from qorpo.model.adapters import attach_lora
 from qorpo.model.checkpointing import checkpoint_layers, decoder_layers
 from qorpo.model.load import load_model
-from qorpo.model.scoring import PairScorer
+from qorpo.model.scoring import Scorer
 from qorpo.planning.fake_model import make_fake_model
 from qorpo.planning.step_memory import CPU, HEAD, StepShape, step_memory
 from qorpo.recipe import load_recipe, resolve
@@ -41,15 +40,15 @@ MODELS = {
         "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 1, "eos_token_id": 2,
     },
 }  # fmt: skip
-ONE_PAIR = (PairLengths(60, 200, 240),)
+ONE_PAIR = ((60, 200, 240),)
 # Twice these make two micro-batches of them: the first is longer than the others together.
-THREE_PAIRS = (PairLengths(40, 120, 100), PairLengths(30, 80, 10), PairLengths(5, 40, 35))
+THREE_PAIRS = ((40, 120, 100), (30, 80, 10), (5, 40, 35))
 
 
 class Case(NamedTuple):
     model: str
     quantization: str
-    rows: tuple[PairLengths, ...]
+    rows: tuple[GroupLengths, ...]
     recomputed: int | None = None
     optimizer: str = "paged_adamw_8bit"
     attention: str = "sdpa"
@@ -115,8 +114,8 @@ def measured_bytes(case: Case, folder: Path) -> tuple[int, int]:
         checkpoint_layers(model, case.recomputed)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(trained, recipe.train)
-    scorer = PairScorer(model, case.attention, 64)
-    pairs = [TokenizedPair(*((5,) * length for length in lengths), "x") for lengths in case.rows]
+    scorer = Scorer(model, case.attention, 64)
+    pairs = [Group.of(((5,) * length for length in lengths), "x") for lengths in case.rows]
     model.train()
 
     def step():

@@ -18,8 +18,7 @@ from helpers.tiny import changed, read_metrics, short_recipe
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from qorpo.data.pack import PairLengths, row_tokens
-from qorpo.data.tokenize import TokenizedPair
+from qorpo.data.groups import Group, row_tokens
 from qorpo.engine import distributed
 from qorpo.engine.distributed import Ranks, shares, this_process
 from qorpo.errors import RunError
@@ -54,7 +53,7 @@ def seen(jobs, ranks, folder):
 
 
 def test_ranks_take_the_same_number_of_rows_and_every_pair_once():
-    pairs = [TokenizedPair((1,) * (n + 1), (2,) * (3 * n + 1), (3,), str(n)) for n in range(11)]
+    pairs = [Group((1,) * (n + 1), ((2,) * (3 * n + 1), (3,)), str(n)) for n in range(11)]
     for count in (1, 2, 4, 8, 11):
         rows = [Ranks(index, count).micro_batches(pairs, 40) for index in range(count)]
         assert len({len(mine) for mine in rows}) == 1
@@ -188,7 +187,7 @@ def test_a_ranks_memory_is_the_planned_one(bigger, together, folder, tuning):
     """accelerate's FSDP2 over gloo, as torch's profiler sees it, against FSDP2 on fake ranks."""
     measured = together[f"memory-{tuning}"]
     recipe = resolve(load_recipe(bigger[tuning]["recipe"]), device_type="cpu")
-    rows = tuple(PairLengths(*lengths) for lengths in measured["rows"])
+    rows = tuple(tuple(lengths) for lengths in measured["rows"])
     shape = StepShape(
         rows, accumulates=False, attention="sdpa", chunk_tokens=64, checkpointed_layers=None, offload=False,
         on_cuda=False, shards=2,

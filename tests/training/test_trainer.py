@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qorpo import Trainer
-from qorpo.data.pack import pack_pairs
+from qorpo.data.pack import pack_groups
 from qorpo.engine.step import run_step
 from qorpo.errors import ModelError, RunError
 from qorpo.model.adapters import attach_lora
@@ -60,7 +60,7 @@ def assert_equal(gradients, others):
 
 
 def logps(model, trainer, mode="sdpa"):
-    packed = pack_pairs(trainer.eval_pairs)
+    packed = pack_groups(trainer.eval_pairs)
     model.eval()
     scorer = make_scorer(model, mode)
     with torch.no_grad(), scorer.packed_attention():
@@ -288,7 +288,7 @@ def test_every_epoch_has_each_pair_once_in_an_order_of_its_own(make_trainer, pai
     assert steps == math.ceil(30 / pairs_per_step)
     epochs = []
     for epoch in range(3):
-        batches = [trainer.pairs_of_step(step) for step in range(epoch * steps, (epoch + 1) * steps)]
+        batches = [trainer.groups_of_step(step) for step in range(epoch * steps, (epoch + 1) * steps)]
         assert all(len(batch) == pairs_per_step for batch in batches[:-1])
         epochs.append([pair.source for batch in batches for pair in batch])
     everything = {f"train.jsonl:{line}" for line in range(1, 31)}

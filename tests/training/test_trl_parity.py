@@ -11,9 +11,9 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from qorpo.data.tokenize import TokenizedPair
+from qorpo.data.groups import Group
 from qorpo.engine.step import run_step
-from qorpo.model.scoring import PairScorer
+from qorpo.model.scoring import Scorer
 from qorpo.objectives.orpo import Orpo
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # it warns of its name at import
@@ -84,7 +84,7 @@ def batch_of(trainer) -> dict[str, torch.Tensor]:
     return batch
 
 
-def pairs_of(batch: dict[str, torch.Tensor]) -> list[TokenizedPair]:
+def pairs_of(batch: dict[str, torch.Tensor]) -> list[Group]:
     """TRL's padded batch as pairs: a prompt is what it does not label, padding what it does not attend to."""
 
     def side(index: int, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -98,14 +98,14 @@ def pairs_of(batch: dict[str, torch.Tensor]) -> list[TokenizedPair]:
     for index in range(len(batch["chosen_input_ids"])):
         (prompt, chosen), (same_prompt, rejected) = side(index, "chosen"), side(index, "rejected")
         assert prompt == same_prompt
-        pairs.append(TokenizedPair(prompt, chosen, rejected, f"pairs:{index}"))
+        pairs.append(Group(prompt, (chosen, rejected), f"pairs:{index}"))
     return pairs
 
 
 def qorpo_step(model, pairs, *, microbatch_tokens: int = 10_000, nll_tokens="all", nll_average="token"):
     """qorpo's metrics, as numbers, and the gradient of every parameter."""
     objective = Orpo(weight=WEIGHT, nll_tokens=nll_tokens, nll_average=nll_average)
-    scorer = PairScorer(model, "sdpa", chunk_tokens=16)
+    scorer = Scorer(model, "sdpa", chunk_tokens=16)
     with scorer.packed_attention():
         metrics = run_step(
             scorer, pairs, objective,
@@ -144,8 +144,8 @@ def test_the_batch_is_what_it_is_to_be(trainer, tokenizer):
     pairs = sorted(pairs_of(batch_of(trainer)), key=lambda pair: len(pair.prompt_ids))
     for pair, texts in zip(pairs, sorted(TEXTS, key=lambda texts: len(texts["prompt"])), strict=True):
         assert tokenizer.decode(pair.prompt_ids) == f"<s> {texts['prompt']}"
-        assert tokenizer.decode(pair.chosen_ids) == f"{texts['chosen'].strip()} </s>"
-        assert tokenizer.decode(pair.rejected_ids) == f"{texts['rejected'].strip()} </s>"
+        assert tokenizer.decode(pair.responses[0]) == f"{texts['chosen'].strip()} </s>"
+        assert tokenizer.decode(pair.responses[1]) == f"{texts['rejected'].strip()} </s>"
 
 
 @pytest.mark.parametrize("microbatch_tokens", [1, 40, 10_000])

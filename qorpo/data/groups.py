@@ -1,0 +1,52 @@
+"""The unit of training as tokens: a prompt with n ≥ 1 responses. A preference pair is n = 2, chosen first."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from qorpo.data.records import DataReport
+
+GroupLengths = tuple[int, ...]
+"""Token counts of a group's parts: of its prompt, then of each response."""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A prompt and its responses as token ids; a response that is not cut ends in the stop token, a cut one has none."""
+
+    prompt_ids: tuple[int, ...]
+    responses: tuple[tuple[int, ...], ...]
+    source: str
+    cut: tuple[bool, ...] = ()  # whether the prompt, and each response, was cut; empty: not known
+    margin: float | None = None  # how much better the first response is than the second, where the data says
+
+    @classmethod
+    def of(cls, parts: Iterable[Sequence[int]], source: str) -> "Group":
+        """The group of a prompt and its responses."""
+        prompt, *responses = map(tuple, parts)
+        return cls(prompt, tuple(responses), source)
+
+    @property
+    def lengths(self) -> GroupLengths:
+        return len(self.prompt_ids), *map(len, self.responses)
+
+
+class TokenizedData(NamedTuple):
+    """Groups ready to train on, and what became of the records they came from."""
+
+    groups: Sequence[Group]
+    report: DataReport
+
+
+def row_tokens(group: Group) -> int:
+    """Tokens that a group takes in a packed row."""
+    return len(group.prompt_ids) + sum(map(len, group.responses))
+
+
+def part_names(num_responses: int) -> tuple[str, ...]:
+    """What a group's parts are called, for a person: its prompt, then each response."""
+    if num_responses == 1:
+        return "prompt", "response"
+    if num_responses == 2:
+        return "prompt", "chosen", "rejected"
+    return "prompt", *(f"response {number}" for number in range(1, num_responses + 1))
