@@ -59,11 +59,11 @@ class Tally:
         }
 
 
-def kills(lab: Lab, case: Case, every: int) -> dict[str, object]:
+def kills(lab: Lab, case: Case, every: int, first: int) -> dict[str, object]:
     """Kill at every `every`-th call, go on, and hold what is there to an undisturbed run's."""
     reference = Reference.of(lab, case)
     tally = Tally(f"kills, {case.name}")
-    for at in range(1, len(reference.calls) + 1, every):
+    for at in range(first, len(reference.calls) + 1, every):
         lab.start(case.template)
         killed = lab.run(case.argv, Fault(at, kill=True))
         if killed.code != -9:  # it made fewer calls this time
@@ -76,11 +76,11 @@ def kills(lab: Lab, case: Case, every: int) -> dict[str, object]:
     return {**tally.figures(), "calls": len(reference.calls), **reference.notes()}
 
 
-def writes(lab: Lab, case: Case, every: int, mode: str) -> dict[str, object]:
+def writes(lab: Lab, case: Case, every: int, first: int, mode: str) -> dict[str, object]:
     """Fail every `every`-th call; the command says so once, or ends well, and its remedy works."""
     reference = Reference.of(lab, case)
     tally = Tally(f"{mode}, {case.name}")
-    for at in range(1, len(reference.calls) + 1, every):
+    for at in range(first, len(reference.calls) + 1, every):
         name = reference.calls[at - 1][0]
         if MODES[mode].get("stays") and name not in TAKE_SPACE:
             continue  # the same as at the next call that takes space
@@ -131,10 +131,10 @@ def results(lab: Lab, options: argparse.Namespace) -> Iterator[tuple[dict[str, o
             continue
         settings = {"case": case.name, "command": " ".join(["qorpo", *case.argv]), "every": options.every}
         if options.what == "kills":
-            yield settings, kills(lab, case, options.every)
+            yield settings, kills(lab, case, options.every, options.first)
         else:
             for mode in options.modes:
-                yield {**settings, "mode": mode}, writes(lab, case, options.every, mode)
+                yield {**settings, "mode": mode}, writes(lab, case, options.every, options.first, mode)
 
 
 def main() -> None:
@@ -146,6 +146,7 @@ def main() -> None:
     parser.add_argument("--commands", metavar="NAME,…", type=lambda text: text.split(","),
                         help=f"of {', '.join(names)}; of flips: {', '.join(flip.name for flip in FLIPS)}")  # fmt: skip
     parser.add_argument("--every", type=count, default=1, help="only every N-th call")
+    parser.add_argument("--first", type=count, default=1, help="and not those before this one")
     parser.add_argument("--modes", type=lambda text: text.split(","), default=list(MODES), help="of writes")
     parser.add_argument("--trials", type=count, default=200, help="flips in each kind of file")
     parser.add_argument("--seed", type=int, default=0, help="of flips")
