@@ -123,5 +123,5 @@ def test_a_write_that_fails_anywhere_ends_in_one_message(mode):
 
 @pytest.mark.slow
 def test_a_flipped_bit_anywhere_is_noticed():
-    found = faults("flips", "--trials", "2")
-    assert all(figures["trials"] == 2 for figures in found.values())
+    found = faults("flips", "--every", "50")
+    assert all(figures["trials"] for figures in found.values())

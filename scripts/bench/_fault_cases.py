@@ -183,42 +183,47 @@ class Flip:
     """A kind of files, and the next command that reads them."""
 
     name: str
-    case: Case
+    trials: int
     pattern: str  # of their paths in the trial's folder
-    is_remade: bool = False  # damage is mended, not told
+    case: Case
+    is_remade: bool = False  # damage is fixed, and said
 
     def files(self, folder: Path) -> list[Path]:
         found = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.stat().st_size]
         return [path for path in found if re.fullmatch(self.pattern, path.relative_to(folder).as_posix())]
 
     def noticed(self, ran: Ran, path: Path, reference: Reference, lab: Lab) -> list[str]:
+        """Named by exit 2 with a remedy; a text for people, which they may have edited, by a warning."""
         problems = self.case.failed_well(ran)
+        lines = [line for line in ran.printed.splitlines() if path.name in line]
+        if not lines:
+            problems.append("does not name the file")
         if self.is_remade:
             return problems + (reference.differences(lab) if ran.code == 0 else ["refused"])
-        message = next((line for line in ran.printed.splitlines() if line.startswith("qorpo: ")), "")
-        if ran.code == 0:
+        if ran.code == 0 and path.name != "README.md":
             problems.append("silent")
-        elif path.name not in message:
-            problems.append("does not name the file")
-        elif ";" not in message:
+        elif ran.code == 2 and not any(line.startswith("qorpo: ") and ";" in line for line in lines):
             problems.append("has no remedy")
         return problems
 
 
-RESUME = ("train", "../lora.yaml", "--resume")
-MANIFEST = r".*/qorpo-manifest\.json"
+MANIFEST = r"qorpo-manifest\.json"
+
+
+def _flip(name: str, trials: int, folder: str, command: str, template: str, **options: bool) -> list[Flip]:
+    """Of a folder's files, and of its manifest alone."""
+    case = Case(name, tuple(command.split()), template)
+    return [
+        Flip(name, trials, rf"{folder}/(?!.*{MANIFEST}).*", case, **options),
+        Flip(f"manifest of {name}", trials // 3, rf"{folder}/(.*/)?{MANIFEST}", case, **options),
+    ]
+
+
 FLIPS = (
-    Flip("checkpoint", Case("", RESUME, "stopped"), rf"(?!{MANIFEST})run/checkpoints/step-1/.*"),
-    Flip("full checkpoint", Case("", ("train", "../full.yaml", "--resume"), "full stopped"),
-         rf"(?!{MANIFEST})run/checkpoints/step-1/.*"),
-    Flip("exported checkpoint", Case("", ("export", "run", "--output", "exported"), "full run"),
-         rf"(?!{MANIFEST})run/checkpoints/step-2/.*"),
-    Flip("adapter", Case("", ("merge", "run", "--output", "m"), "run"), rf"(?!{MANIFEST})run/adapter/.*"),
-    Flip("merged", Case("", ("merge", "run", "--output", "merged", "--verify-only"), "merged"),
-         rf"(?!{MANIFEST})merged/.*"),
-    Flip("cache", Case("", ("data", "../lora.yaml", "--json"), "run"), r"cache/.*", is_remade=True),
-    Flip("checkpoint's manifest", Case("", RESUME, "stopped"), rf"run/checkpoints/{MANIFEST}"),
-    Flip("adapter's manifest", Case("", ("merge", "run", "--output", "m"), "run"), rf"run/adapter{MANIFEST}"),
-    Flip("merged manifest", Case("", ("merge", "run", "--output", "merged", "--verify-only"), "merged"),
-         rf"merged{MANIFEST}"),
-)  # fmt: skip
+    *_flip("checkpoint", 150, "run/checkpoints/step-1", "train ../lora.yaml --resume", "stopped"),
+    *_flip("full checkpoint", 60, "run/checkpoints/step-1", "train ../full.yaml --resume", "full stopped"),
+    *_flip("exported checkpoint", 60, "run/checkpoints/step-2", "export run --output exported", "full run"),
+    *_flip("adapter", 210, "run/adapter", "merge run --output m --no-verify", "run"),
+    *_flip("merged", 210, "merged", "merge run --output merged --verify-only", "merged"),
+    *_flip("cache", 210, "cache", "data ../lora.yaml --json", "run", is_remade=True),
+)

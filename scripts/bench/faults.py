@@ -99,12 +99,12 @@ def writes(lab: Lab, case: Case, every: int, first: int, mode: str) -> dict[str,
     return {**tally.figures(), "calls": len(reference.calls), **reference.notes()}
 
 
-def flips(lab: Lab, flip: Flip, trials: int, seed: int) -> dict[str, object]:
+def flips(lab: Lab, flip: Flip, every: int, seed: int) -> dict[str, object]:
     """Flip a random bit of a random file, run the next command that reads it, and see whether it says which."""
     reference = Reference.of(lab, flip.case)
     tally = Tally(f"flips, {flip.name}")
     draw = random.Random(f"{flip.name} {seed}")
-    for number in range(trials):
+    for number in range(0, flip.trials, every):
         lab.start(flip.case.template)
         path = draw.choice(flip.files(lab.trial))
         bit = draw.randrange(path.stat().st_size * 8)
@@ -124,7 +124,7 @@ def results(lab: Lab, options: argparse.Namespace) -> Iterator[tuple[dict[str, o
         for flip in FLIPS:
             if options.commands is None or flip.name in options.commands:
                 settings = {"of": flip.name, "next": " ".join(flip.case.argv), "seed": options.seed}
-                yield settings, flips(lab, flip, options.trials, options.seed)
+                yield settings, flips(lab, flip, options.every, options.seed)
         return
     for case in CASES:
         if options.commands is not None and case.name not in options.commands:
@@ -145,10 +145,9 @@ def main() -> None:
     parser.add_argument("what", choices=["kills", "writes", "flips"])
     parser.add_argument("--commands", metavar="NAME,…", type=lambda text: text.split(","),
                         help=f"of {', '.join(names)}; of flips: {', '.join(flip.name for flip in FLIPS)}")  # fmt: skip
-    parser.add_argument("--every", type=count, default=1, help="only every N-th call")
+    parser.add_argument("--every", type=count, default=1, help="only every N-th call, or flip")
     parser.add_argument("--first", type=count, default=1, help="and not those before this one")
     parser.add_argument("--modes", type=lambda text: text.split(","), default=list(MODES), help="of writes")
-    parser.add_argument("--trials", type=count, default=200, help="flips in each kind of file")
     parser.add_argument("--seed", type=int, default=0, help="of flips")
     add_output_option(parser)
     options = parser.parse_args()
