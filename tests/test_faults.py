@@ -119,9 +119,3 @@ def test_a_write_that_fails_anywhere_ends_in_one_message(mode):
     first = {"ENOSPC": "20", "EIO": "27", "full disk": "33"}[mode]
     found = faults("writes", "--every", "71", "--first", first, "--modes", mode)
     assert {"train", "trackers", "full train", "merge", "export", "data"} <= set(found)
-
-
-@pytest.mark.slow
-def test_a_flipped_bit_anywhere_is_noticed():
-    found = faults("flips", "--every", "50")
-    assert all(figures["trials"] for figures in found.values())
