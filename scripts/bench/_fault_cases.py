@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from _faults import TIMES, Lab, Ran
@@ -78,6 +79,7 @@ CASES = (
 )
 
 
+@cache
 def make_templates(lab: Lab) -> None:
     """Tokens alone, finished runs, runs stopped after their first checkpoint, and a merged model."""
     lab.start()
@@ -114,10 +116,10 @@ class Reference:
     mapped: set[str]
     outside: set[str]
 
-    @classmethod
-    def of(cls, lab: Lab, case: Case) -> "Reference":
-        if not any(lab.templates.iterdir()):
-            make_templates(lab)
+    @staticmethod
+    @cache
+    def of(lab: Lab, case: Case) -> "Reference":
+        make_templates(lab)
         found = []
         for _ in range(2):
             lab.start(case.template)
@@ -126,7 +128,7 @@ class Reference:
             found.append(_contents(lab.trial))
         first, second = found
         same = {name: content if second.get(name) == content else None for name, content in first.items()}
-        return cls(same, ran.calls, ran.mapped, ran.outside)
+        return Reference(same, ran.calls, ran.mapped, ran.outside)
 
     def differences(self, lab: Lab) -> list[str]:
         """What is there and should not be, what is missing, and what has other bytes."""
@@ -192,14 +194,16 @@ class Flip:
         found = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.stat().st_size]
         return [path for path in found if re.fullmatch(self.pattern, path.relative_to(folder).as_posix())]
 
-    def noticed(self, ran: Ran, path: Path, reference: Reference, lab: Lab) -> list[str]:
+    def noticed(self, ran: Ran, path: Path, lab: Lab) -> list[str]:
         """Named by exit 2 with a remedy; a text for people, which they may have edited, by a warning."""
         problems = self.case.failed_well(ran)
         lines = [line for line in ran.printed.splitlines() if path.name in line]
         if not lines:
             problems.append("does not name the file")
         if self.is_remade:
-            return problems + (reference.differences(lab) if ran.code == 0 else ["refused"])
+            return problems + (
+                Reference.of(lab, self.case).differences(lab) if ran.code == 0 else ["refused"]
+            )
         if ran.code == 0 and path.name != "README.md":
             problems.append("silent")
         elif ran.code == 2 and not any(line.startswith("qorpo: ") and ";" in line for line in lines):

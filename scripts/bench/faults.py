@@ -3,6 +3,7 @@
     python scripts/bench/faults.py kills     killed at every call that changes a file, then started again
     python scripts/bench/faults.py writes    every such call fails once (ENOSPC, EIO), or all from it on: a full disk
     python scripts/bench/faults.py flips     single bits flipped in what was written, then read by the next command
+    python scripts/bench/faults.py kills writes flips --every 97     a sample of all
 
 Each prints a JSON line a command with counts, and every problem to stderr. Linux only, no root needed. Not covered:
 writes into mapped files (none was seen; `mapped` would count them), changes of times and extended attributes.
@@ -17,7 +18,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from _fault_cases import CASES, FLIPS, Case, Flip, Reference
+from _fault_cases import CASES, FLIPS, Case, Flip, Reference, make_templates
 from _faults import Lab, Ran
 from _record import add_output_option, count, emit
 from _syscalls import TAKE_SPACE, Fault, is_possible
@@ -59,11 +60,17 @@ class Tally:
         }
 
 
+def _places(reference: Reference, every: int, first: int) -> range:
+    """Numbers of calls to put faults at; a short command has one of these too."""
+    calls = len(reference.calls)
+    return range(1 + (first - 1) % calls, calls + 1, every)
+
+
 def kills(lab: Lab, case: Case, every: int, first: int) -> dict[str, object]:
     """Kill at every `every`-th call, go on, and hold what is there to an undisturbed run's."""
     reference = Reference.of(lab, case)
     tally = Tally(f"kills, {case.name}")
-    for at in range(first, len(reference.calls) + 1, every):
+    for at in _places(reference, every, first):
         lab.start(case.template)
         killed = lab.run(case.argv, Fault(at, kill=True))
         if killed.code != -9:  # it made fewer calls this time
@@ -80,7 +87,7 @@ def writes(lab: Lab, case: Case, every: int, first: int, mode: str) -> dict[str,
     """Fail every `every`-th call; the command says so once, or ends well, and its remedy works."""
     reference = Reference.of(lab, case)
     tally = Tally(f"{mode}, {case.name}")
-    for at in range(first, len(reference.calls) + 1, every):
+    for at in _places(reference, every, first):
         name = reference.calls[at - 1][0]
         if MODES[mode].get("stays") and name not in TAKE_SPACE:
             continue  # the same as at the next call that takes space
@@ -101,7 +108,7 @@ def writes(lab: Lab, case: Case, every: int, first: int, mode: str) -> dict[str,
 
 def flips(lab: Lab, flip: Flip, every: int, seed: int) -> dict[str, object]:
     """Flip a random bit of a random file, run the next command that reads it, and see whether it says which."""
-    reference = Reference.of(lab, flip.case)
+    make_templates(lab)
     tally = Tally(f"flips, {flip.name}")
     draw = random.Random(f"{flip.name} {seed}")
     for number in range(0, flip.trials, every):
@@ -112,7 +119,7 @@ def flips(lab: Lab, flip: Flip, every: int, seed: int) -> dict[str, object]:
         content[bit // 8] ^= 1 << bit % 8
         path.write_bytes(content)
         ran = lab.run(flip.case.argv)
-        problems = flip.noticed(ran, path, reference, lab)
+        problems = flip.noticed(ran, path, lab)
         place = f"bit {bit} of {path.relative_to(lab.trial)}, trial {number}"
         tally.add(place, f"exit {ran.code}", problems, ran)
     return tally.figures()
@@ -120,21 +127,21 @@ def flips(lab: Lab, flip: Flip, every: int, seed: int) -> dict[str, object]:
 
 def results(lab: Lab, options: argparse.Namespace) -> Iterator[tuple[dict[str, object], dict[str, object]]]:
     """(settings, figures) of each command."""
-    if options.what == "flips":
-        for flip in FLIPS:
-            if options.commands is None or flip.name in options.commands:
-                settings = {"of": flip.name, "next": " ".join(flip.case.argv), "seed": options.seed}
-                yield settings, flips(lab, flip, options.every, options.seed)
-        return
-    for case in CASES:
-        if options.commands is not None and case.name not in options.commands:
-            continue
+
+    def is_asked_for(name: str) -> bool:
+        return options.commands is None or name in options.commands
+
+    for case in filter(lambda case: is_asked_for(case.name), CASES):
         settings = {"case": case.name, "command": " ".join(["qorpo", *case.argv]), "every": options.every}
-        if options.what == "kills":
-            yield settings, kills(lab, case, options.every, options.first)
-        else:
-            for mode in options.modes:
-                yield {**settings, "mode": mode}, writes(lab, case, options.every, options.first, mode)
+        if "kills" in options.what:
+            yield {"what": "kills", **settings}, kills(lab, case, options.every, options.first)
+        for mode in options.modes if "writes" in options.what else ():
+            figures = writes(lab, case, options.every, options.first, mode)
+            yield {"what": "writes", **settings, "mode": mode}, figures
+    for flip in filter(lambda flip: is_asked_for(flip.name), FLIPS):
+        if "flips" in options.what:
+            settings = {"of": flip.name, "next": " ".join(flip.case.argv), "seed": options.seed}
+            yield {"what": "flips", **settings}, flips(lab, flip, options.every, options.seed)
 
 
 def main() -> None:
@@ -142,7 +149,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["kills", "writes", "flips"])
+    parser.add_argument("what", nargs="+", choices=["kills", "writes", "flips"])
     parser.add_argument("--commands", metavar="NAME,…", type=lambda text: text.split(","),
                         help=f"of {', '.join(names)}; of flips: {', '.join(flip.name for flip in FLIPS)}")  # fmt: skip
     parser.add_argument("--every", type=count, default=1, help="only every N-th call, or flip")
@@ -156,7 +163,7 @@ def main() -> None:
     problems = 0
     with Lab.open() as lab:
         for settings, figures in results(lab, options):
-            emit("faults.py", {"what": options.what, **settings}, figures, "cpu", options.output)
+            emit("faults.py", settings, figures, "cpu", options.output)
             problems += int(figures["problems"])  # type: ignore[call-overload]
     sys.exit(1 if problems else 0)
 
