@@ -3,6 +3,7 @@
 import itertools
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qorpo.data.groups import Group
 from qorpo.data.pack import PackedGroups
+from qorpo.engine.distributed import Ranks
 from qorpo.engine.step import run_step, scores_of
 from qorpo.model.scoring import Scorer
+from qorpo.objectives.asft import Asft
 from qorpo.objectives.base import Totals
+from qorpo.objectives.cpo import Cpo
 from qorpo.objectives.orpo import Orpo
+from qorpo.objectives.probability_ratio import ProbabilityRatio
+from qorpo.objectives.simpo import Simpo
 
 CPU = torch.device("cpu")
 CONVENTIONS = list(itertools.product(("response", "all"), ("sequence", "token")))
@@ -294,3 +300,52 @@ def test_a_step_never_waits_for_the_device(convention):
     for name, value in metrics.items():
         assert value.shape == (), name
         assert not value.requires_grad, name
+
+
+# --- other objectives ---
+
+OTHERS = {
+    "probability_ratio": ProbabilityRatio(weight=WEIGHT, nll_tokens="all"),
+    "cpo": Cpo(nll_average="token"),
+    "simpo": Simpo(),
+    "asft": Asft(weight=WEIGHT, nll_tokens="all", nll_average="token"),
+}
+
+
+@pytest.mark.parametrize("objective", OTHERS.values(), ids=OTHERS)
+def test_a_step_of_any_objective_is_the_same_whatever_its_micro_batches(model, objective):
+    pairs = make_pairs()
+    expected = step_of(model, pairs, objective, HUGE)
+    assert max(grad.abs().max() for grad in expected[1].values()) > 1e-2  # there is something to compare
+    assert tuple(expected[0]) == objective.metrics
+    for microbatch_tokens in (TINY, MEDIUM):
+        assert_same_step(step_of(model, pairs, objective, microbatch_tokens), expected)
+    # Each sequence alone, so nothing of packing is in it.
+    assert_same_step(step_of(model, pairs, objective, MEDIUM, "separate"), expected)
+
+
+@dataclass(frozen=True)
+class _OneOfSeveral(Ranks):
+    """A rank whose sums are added up afterwards, for want of the others."""
+
+    def summed(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return values
+
+
+@pytest.mark.parametrize("objective", [objective_of("all", "token"), *OTHERS.values()], ids=["orpo", *OTHERS])
+@pytest.mark.parametrize("count", [2, 4, 7])
+def test_ranks_shares_make_the_same_step(objective, count):
+    pairs, found = make_pairs(), []
+    for index in [None, *range(count)]:
+        lookup = _Lookup()
+        metrics = run_step(
+            lookup, pairs, objective, microbatch_tokens=MEDIUM, device=CPU, backward=torch.Tensor.backward,
+            ranks=Ranks() if index is None else _OneOfSeveral(index, count),
+        )  # fmt: skip
+        found.append((metrics, lookup.scale.grad))
+    (expected, gradient), *ranks = found
+    # DDP and FSDP average gradients over ranks.
+    torch.testing.assert_close(sum(grad for _, grad in ranks) / count, gradient, rtol=1e-12, atol=0)
+    for name, value in expected.items():
+        total = sum(metrics[name] for metrics, _ in ranks)
+        torch.testing.assert_close(total, value, rtol=1e-12, atol=1e-14)
