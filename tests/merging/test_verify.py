@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,10 +18,11 @@ from qorpo.data.pack import pack_groups
 from qorpo.errors import RunError
 from qorpo.merging import merge as merging
 from qorpo.merging.source import find_base, find_trained
-from qorpo.merging.verify import THRESHOLDS, _Scores, verify_merged, with_adapters
+from qorpo.merging.verify import THRESHOLDS, Verification, _Scores, verify_merged, with_adapters
 from qorpo.model.load import load_model
 from qorpo.model.scoring import own_logps, sequences
 from qorpo.objectives.orpo import Orpo
+from qorpo.objectives.simpo import Simpo
 
 PAIRS = [
     Group((5, 9, 30), ((7, 8, 9, 10), (11, 12)), "a"),
@@ -59,6 +61,17 @@ def test_the_divergence_is_that_of_the_models_own_logits(name):
     assert chosen[0].shape == (6,)
     assert comparison.figures["nll"] == pytest.approx(comparison.after["nll"] - comparison.before["nll"])
     assert comparison.figures["nll"] == -comparison.figures["chosen_logps"]
+
+
+def test_an_objective_without_an_nll_is_judged_by_what_it_has():
+    model = build("llama").float()
+    scores = _Scores.of(model, PAIRS, Simpo())
+    other = replace(scores, metrics={**scores.metrics, "chosen_logps": scores.metrics["chosen_logps"] - 1})
+    same, changed = (scores.compared_with(each, "the reference", judged=True) for each in (scores, other))
+    assert same.failed == []
+    assert changed.failed == ["chosen_logps"]
+    assert same.thresholds == {name: most for name, most in THRESHOLDS.items() if name != "nll"}
+    assert not any("nll" in line for line in Verification(len(PAIRS), 1, [same]).lines())
 
 
 @pytest.mark.parametrize("average", ["sequence", "token"])

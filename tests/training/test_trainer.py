@@ -12,12 +12,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qorpo import Trainer
+from qorpo.build import OBJECTIVES
 from qorpo.data.pack import pack_groups
 from qorpo.engine.step import run_step
 from qorpo.errors import ModelError, RunError
 from qorpo.model.adapters import attach_lora
 from qorpo.model.load import load_model, load_tokenizer
 from qorpo.model.selfcheck import make_scorer
+from qorpo.objectives.base import Headline
+from qorpo.objectives.orpo import Orpo
 
 
 def adapter_bytes(trainer, folder=None):
@@ -461,6 +464,36 @@ def test_of_equal_evaluations_the_first_is_best(make_trainer, monkeypatch):
     trainer = make_trainer()
     trainer.train()
     assert trainer.state.best_step == 2
+
+
+@pytest.mark.parametrize("name", ["probability_ratio", "cpo", "simpo", "asft"])
+def test_the_objective_that_the_recipe_names_is_trained(make_trainer, name):
+    trainer = make_trainer(objective={"name": name}, train__max_steps=4, train__learning_rate=0.01)
+    assert trainer.objective == OBJECTIVES[name]()
+    trainer.train()
+    rows = read_metrics(trainer.folder.path)
+    evaluations = [row for row in rows if "eval_loss" in row]
+    assert set(trainer.objective.metrics) <= set(rows[1])
+    assert {f"eval_{metric}" for metric in trainer.objective.metrics} <= set(evaluations[0])
+    assert evaluations[-1]["eval_loss"] < evaluations[0]["eval_loss"]
+    assert evaluations[-1]["eval_rewards/margins"] > evaluations[0]["eval_rewards/margins"]
+
+
+def test_what_is_best_is_the_objectives_to_say(make_trainer, monkeypatch):
+    accuracies = {0: 0.5, 2: 0.9, 4: 0.7, 6: 0.9, 8: 0.6}
+    monkeypatch.setattr(
+        Trainer,
+        "evaluate",
+        lambda trainer: {"eval_loss": -trainer.state.step, "eval_accuracy": accuracies[trainer.state.step]},
+    )
+    trainer = make_trainer()
+
+    class ByAccuracy(Orpo):
+        headline = Headline("accuracy", lower_is_better=False)
+
+    trainer.objective = ByAccuracy()
+    trainer.train()
+    assert (trainer.state.best_step, trainer.state.best_headline) == (2, 0.9)
 
 
 @pytest.mark.parametrize("keep", [1, 2])
