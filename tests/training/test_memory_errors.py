@@ -53,7 +53,7 @@ def test_at_the_floor_a_run_ends_with_advice_and_a_checkpoint_to_go_on_from(make
     assert "the plan" in str(caught.value)
     assert str(trainer.folder.checkpoint(2)) in str(caught.value)
     again = make_trainer(train__max_steps=4, train__save_every=100, memory__microbatch_tokens=1)
-    again.checkpoints.folder = again.folder = trainer.folder
+    again.metrics.folder = again.checkpoints.folder = again.folder = trainer.folder
     again.train(resume=True)
     assert [row["step"] for row in read_metrics(trainer.folder.path) if "loss" in row] == [1, 2, 3, 4]
 
@@ -71,6 +71,6 @@ def test_a_rank_of_several_leaves_its_adapter_as_a_whole_checkpoint(make_trainer
         raise torch.OutOfMemoryError(CUDA)
     assert f"{trainer.folder.checkpoint(3)} holds the run so far" in str(caught.value)
     again = make_trainer(train__max_steps=4, train__save_every=100)
-    again.checkpoints.folder = again.folder = RunFolder(trainer.folder.path)
+    again.metrics.folder = again.checkpoints.folder = again.folder = RunFolder(trainer.folder.path)
     again.train(resume=True)
     assert [row["step"] for row in read_metrics(trainer.folder.path) if "loss" in row] == [4]
