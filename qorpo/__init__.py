@@ -46,7 +46,15 @@ _HOMES = {
 __all__ = ["Trainer", "load_pairs", "merge", "orpo_loss", "plan", "token_logps", "train"]
 
 
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])
+
+
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from qorpo.version import installed_version
+
+        return installed_version()
     if name not in _HOMES:
         raise AttributeError(f"module 'qorpo' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

@@ -24,6 +24,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 RecipePath = Annotated[str, typer.Argument(help="A recipe in YAML, such as configs/demo.yaml.")]
@@ -32,6 +33,23 @@ Overrides = Annotated[
 ]
 FULL = ["tuning=full"]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def _say_version(is_asked: bool) -> None:
+    if is_asked:
+        from qorpo.version import installed_version
+
+        say(f"qorpo {installed_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Say qorpo's version.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()

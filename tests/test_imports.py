@@ -24,6 +24,7 @@ PACKAGE = Path(qorpo.__file__).parent
 HEIGHTS = {
     "errors": 0,
     "printable": 0,
+    "version": 0,
     "out_of_memory": 1,
     "storage": 1,
     "recipe": 1,
@@ -325,7 +326,15 @@ def test_every_public_name_is_there():
         assert getattr(qorpo, name).__name__ == name
     # Type checkers are told of the same modules.
     homes = {found.target for found in IMPORTS if found.part == "__init__" and found.target_part}
-    assert homes == {getattr(qorpo, name).__module__ for name in qorpo.__all__}
+    assert homes - {"qorpo.version"} == {getattr(qorpo, name).__module__ for name in qorpo.__all__}
+
+
+def test_dir_lists_the_public_names_and_the_version_is_known():
+    assert dir(qorpo) == sorted([*qorpo.__all__, "__version__"])
+    assert qorpo.__version__[0].isdigit()
+    assert run_python("-m", "qorpo", "--version").stdout == f"qorpo {qorpo.__version__}\n"
+    for arguments in (["-h"], ["train", "-h"]):
+        assert "Usage" in run_python("-m", "qorpo", *arguments).stdout
 
 
 def test_an_unknown_name_is_an_attribute_error():

@@ -740,3 +740,70 @@ def test_a_recipe_of_the_papers_models_trains_all_parameters_at_the_papers_rate(
     assert full.model.quantization == "none"
     lora = resolve(load_recipe(path), device_type="cuda", installed=lambda module: True)
     assert lora.train.learning_rate == 1e-4
+
+
+# --- what a tracker needs ---
+
+
+@pytest.fixture
+def no_wandb_key(monkeypatch, tmp_path):
+    """A home without a key; its folder."""
+    for name in (
+        "WANDB_API_KEY",
+        "WANDB_IDENTITY_TOKEN_FILE",
+        "WANDB_MODE",
+        "WANDB_BASE_URL",
+        "WANDB_DIR",
+        "NETRC",
+    ):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "config"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def resolve_with_wandb():
+    recipe = load_recipe(LEAST, ["train.report_to=wandb"])
+    return resolve(recipe, device_type="cpu", installed=lambda module: True)
+
+
+def test_wandb_without_a_key_is_found_before_anything_is_loaded(no_wandb_key):
+    with pytest.raises(RecipeError, match=r"train\.report_to: wandb has no key.*WANDB_MODE=offline"):
+        resolve_with_wandb()
+    (no_wandb_key / ".netrc").write_text("machine example.org login user password secret\n")
+    with pytest.raises(RecipeError, match="wandb has no key"):
+        resolve_with_wandb()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the home is told in another way there")
+@pytest.mark.parametrize(
+    "way", ["WANDB_API_KEY=k", "WANDB_MODE=offline", ".netrc", "wandb/settings", "config/settings"]
+)
+def test_wandb_with_a_key_or_offline_is_fine(no_wandb_key, monkeypatch, way):
+    if "=" in way:
+        monkeypatch.setenv(*way.split("="))
+    else:
+        file = no_wandb_key / way
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(
+            "machine api.wandb.ai login user password secret\n"
+            if way == ".netrc"
+            else "[default]\nmode = offline\n"
+        )
+    assert resolve_with_wandb().train.report_to == ("wandb",)
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("train.report_to=tensorboard", "train.report_to", ["tensorboard"]),
+        ("train.report_to=tensorboard,mlflow", "train.report_to", ["tensorboard", "mlflow"]),
+        ("train.report_to=none", "train.report_to", []),
+        ("lora.modules_to_save=lm_head", "lora.modules_to_save", ["lm_head"]),
+        ("lora.targets=q_proj, v_proj", "lora.targets", ["q_proj", "v_proj"]),
+        ("data.train=a.jsonl", "data.train", ["a.jsonl"]),
+    ],
+)
+def test_a_string_where_a_list_belongs_is_understood(override, key, value):
+    assert dict(load_recipe(LEAST, [override]).values())[key] == value

@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 from qorpo.errors import ModelError, RunError
 from qorpo.merging.adapter import Adapter
-from qorpo.model.load import model_source
+from qorpo.model.load import ask_hub_once, model_source
 from qorpo.recipe import Recipe, load_recipe
 
 # Of a hub's model: what transformers opens, and what belongs to it.
@@ -66,6 +66,16 @@ def find_trained(path: str, *, allow_pickle: bool = False) -> Trained:
         RunError: where there is none of these.
     """
     folder, weight = _split_weight(path)
+    of = folder.parent.parent if folder.parent.name == "checkpoints" else folder
+    if _is_full(of):
+        ready = (
+            f"{of / 'model'} opens as it is, and"
+            if (of / "model").is_dir()
+            else "its model is not written yet;"
+        )
+        raise RunError(
+            f"{folder}: a run of full tuning has no adapter to merge: {ready} qorpo export writes a checkpoint's model"
+        )
     if (folder / "recipe.yaml").is_file():
         if not (folder / "adapter").is_dir():
             raise RunError(
@@ -81,6 +91,12 @@ def find_trained(path: str, *, allow_pickle: bool = False) -> Trained:
             f"{folder}: no run (recipe.yaml) and no adapter (adapter_config.json) there; give a run's folder"
         )
     return Trained(Adapter.open(folder, weight, allow_pickle=allow_pickle), run)
+
+
+def _is_full(run: Path) -> bool:
+    """Whether this is the folder of a run that trained all parameters."""
+    file = run / "recipe.yaml"
+    return file.is_file() and load_recipe(file).tuning == "full"
 
 
 def _split_weight(path: str) -> tuple[Path, float]:
@@ -123,6 +139,7 @@ def find_base(
     folder = Path(source)
     if not folder.is_dir():
         patterns = [*FILES, "*.bin"] if allow_pickle else FILES
+        ask_hub_once(source, revision)
         try:
             folder = Path(
                 snapshot_download(source, revision=revision, allow_patterns=patterns, ignore_patterns=DOUBLES)

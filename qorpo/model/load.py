@@ -50,7 +50,7 @@ def load_tokenizer(
             f"{source}: no tokenizer (tokenizer.json, tokenizer.model or vocab.*); copy the base's there"
         )
     if not Path(source).is_dir():
-        _ask_hub_once(source, revision)
+        ask_hub_once(source, revision)
     try:
         return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers raise every kind there is, bare Exception included
@@ -67,7 +67,7 @@ def load_config(path: str, *, revision: str | None = None, trust_remote_code: bo
     if Path(source).is_dir():
         _check_config(Path(source))
     else:
-        _ask_hub_once(source, revision)
+        ask_hub_once(source, revision)
     try:
         return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
@@ -160,7 +160,7 @@ def model_source(path: str) -> str:
     return path
 
 
-def _ask_hub_once(name: str, revision: str | None) -> None:
+def ask_hub_once(name: str, revision: str | None) -> None:
     """Raises ModelError where a model is neither cached nor in reach: transformers would retry for a minute."""
     if try_to_load_from_cache(name, "config.json", revision=revision) is not None:
         return

@@ -1,7 +1,13 @@
 """What `auto` stands for."""
 
+import configparser
+import contextlib
 import importlib.util
+import netrc
+import os
 from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import urlsplit
 
 from qorpo.recipe.keys import Recipe
 from qorpo.recipe.reading import recipe_error
@@ -59,6 +65,11 @@ def resolve(
             problems.append(
                 f"train.report_to: {tracker} is not installed; pip install {package}, or leave it out"
             )
+        elif tracker == "wandb" and not has_wandb_key():
+            problems.append(
+                "train.report_to: wandb has no key on this machine; wandb login, set WANDB_API_KEY or "
+                "WANDB_MODE=offline, or leave it out"
+            )
     if not installed("bitsandbytes"):
         quantization, optimizer = recipe.model.quantization, recipe.train.optimizer
         missing = "needs bitsandbytes, which is not installed; pip install bitsandbytes, or set"
@@ -69,6 +80,27 @@ def resolve(
     if problems:
         raise recipe_error("recipe", problems)
     return recipe
+
+
+def has_wandb_key() -> bool:
+    """Whether W&B can log in, or was told not to: by its variables, its settings, or .netrc, as it looks itself."""
+    if {"WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"} & os.environ.keys():
+        return True
+    parser = configparser.ConfigParser(interpolation=None, default_section="default")
+    folders = (
+        os.environ.get("WANDB_CONFIG_DIR", Path.home() / ".config" / "wandb"),
+        Path(os.environ.get("WANDB_DIR", "."), "wandb"),
+    )
+    with contextlib.suppress(configparser.Error, UnicodeDecodeError):
+        parser.read([Path(folder, "settings") for folder in folders], encoding="utf-8")
+    settings = parser.defaults()
+    if os.environ.get("WANDB_MODE", settings.get("mode")) in ("offline", "disabled", "dryrun"):
+        return True
+    server = os.environ.get("WANDB_BASE_URL") or settings.get("base_url") or "https://api.wandb.ai"
+    file = os.environ.get("NETRC") or Path.home() / ("_netrc" if os.name == "nt" else ".netrc")
+    with contextlib.suppress(OSError, netrc.NetrcParseError, UnicodeDecodeError):
+        return netrc.netrc(file).authenticators(urlsplit(server).hostname or "") is not None
+    return False
 
 
 def _importable(module: str) -> bool:

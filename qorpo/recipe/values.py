@@ -47,6 +47,15 @@ def _text(value: Any) -> Any:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
+def names_listed(value: Any) -> Any:
+    """Names, as they are written on a command line: q_proj, or q_proj,v_proj."""
+    return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+
+
+def trackers_listed(value: Any) -> Any:
+    return [] if value == "none" else names_listed(value)
+
+
 def listed(value: Any) -> Any:
     return [value] if isinstance(value, str | os.PathLike | dict) else value
 
@@ -72,8 +81,8 @@ Fraction = Annotated[Real, Field(gt=0, lt=1)]
 Every = Annotated[Positive, AfterValidator(_whole_from_1), expects("a number above 0, and whole from 1 on")]
 
 Text = Annotated[str, Field(min_length=1), BeforeValidator(_text), expects("text (quote a number or a date)")]
-Texts = Annotated[tuple[Text, ...], Field(min_length=1), BeforeValidator(listed)]
-Names = Annotated[tuple[Text, ...], BeforeValidator(listed), expects("a list of module names")]
+Texts = Annotated[tuple[Text, ...], Field(min_length=1), BeforeValidator(names_listed)]
+Names = Annotated[tuple[Text, ...], BeforeValidator(names_listed), expects("a list of module names")]
 Targets = Annotated[Literal["all-linear"] | Texts, expects("all-linear, or a list of module names")]
 Columns = Annotated[
     dict[Text, Text], expects("names of qorpo's and the records' own, such as {prompt: query}")
@@ -97,7 +106,7 @@ Optimizer = Literal[
 # What accelerate can report to, each by the name of the module it needs.
 TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
 Trackers = Annotated[
-    Auto | Annotated[tuple[Literal[TRACKERS], ...], BeforeValidator(listed)],  # type: ignore[valid-type]
+    Auto | Annotated[tuple[Literal[TRACKERS], ...], BeforeValidator(trackers_listed)],  # type: ignore[valid-type]
     expects(f"auto, [] for none, or a list of {', '.join(TRACKERS)}"),
 ]
 

@@ -21,6 +21,7 @@ import qorpo
 from qorpo.errors import ModelError, QorpoError, RecipeError, RunError
 from qorpo.merging import shards
 from qorpo.merging.merge import merge
+from qorpo.recipe import load_recipe
 
 
 @pytest.fixture
@@ -200,6 +201,24 @@ def test_a_weight_on_resized_embeddings(both, tmp_path):
     grown.resize_token_embeddings(103)
     adapter = add_adapter(grown, both[0], tmp_path / "grown")
     refused("can't be weighed against the base's", f"{adapter}=0.5", tmp_path)
+
+
+def test_a_run_of_full_tuning_is_sent_to_export(tmp_path):
+    run = tmp_path / "run"
+    checkpoint = run / "checkpoints" / "step-4"
+    checkpoint.mkdir(parents=True)
+    recipe = load_recipe(
+        {"model": {"path": "x"}, "tuning": "full", "data": {"train": "y"}, "output": str(run)}
+    )
+    recipe.save(run / "recipe.yaml")
+    for given in (run, checkpoint):
+        with pytest.raises(
+            RunError, match=r"full tuning has no adapter to merge: its model is not written yet; qorpo export"
+        ):
+            merge(str(given), tmp_path / "out")
+    (run / "model").mkdir()
+    with pytest.raises(RunError, match=f"{run / 'model'} opens as it is, and qorpo export"):
+        merge(str(run), tmp_path / "out")
 
 
 def test_options_that_make_no_sense(both, tmp_path):
