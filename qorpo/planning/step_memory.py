@@ -1,6 +1,8 @@
 """One training step of a fake model, run by the code that trains real ones, and the bytes alive while it ran."""
 
 import gc
+import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -106,6 +108,10 @@ def _step_memory(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     count = LiveBytes()
     _count_model(model, count)
+    workspaces = [
+        torch.empty(workspace_bytes() * shape.on_cuda, dtype=torch.uint8, device="meta") for _ in range(2)
+    ]
+    count.add(workspaces, "matrix products' workspaces")
     _follow(layers, num_checkpointed, count)
     for parameter in trained:
         parameter.register_post_accumulate_grad_hook(lambda p: count.add([p.grad], "gradients"))
@@ -135,6 +141,17 @@ def _step_memory(
                 optimizer.step()
     traffic_bytes = count.received_bytes + count.sent_bytes
     return StepMemory(count.peaks, count.host_peak, paged_bytes, len(layers), traffic_bytes)
+
+
+def workspace_bytes() -> int:
+    """What each cuBLAS handle has from PyTorch's allocator, as parseChosenWorkspaceSize in CublasHandlePool.cpp has it.
+
+    There are two, of the threads that run forward and backward. A card that is not here is taken to be older than Hopper.
+    """
+    if sizes := re.findall(r":(\d+):(\d+)", os.environ.get("CUBLAS_WORKSPACE_CONFIG", "")):
+        return sum(int(kib) * int(times) for kib, times in sizes) * 2**10
+    is_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9
+    return 32 * 2**20 if is_hopper or torch.version.hip else 2 * 4096 * 2**10 + 8 * 16 * 2**10
 
 
 def _count_model(model: nn.Module, count: LiveBytes) -> None:

@@ -31,10 +31,14 @@ trap 'rm -rf "$site"' EXIT
 export PYTHONPATH="$root:$site${PYTHONPATH:+:$PYTHONPATH}"
 
 if [[ -n $wheels ]]; then
-    # Packages that only fit each other's exact version are replaced together.
+    # Packages that only fit each other's exact version are replaced together. pip takes one wheel of a package, that of
+    # this Python, so the best is picked here and all are installed by one call.
     missing=$("$python" - "$wheels" <<'PYTHON'
-import importlib.metadata, re, sys
+import importlib.metadata, sys
 from pathlib import Path
+
+from pip._vendor.packaging.tags import sys_tags
+from pip._vendor.packaging.utils import InvalidWheelFilename, parse_wheel_filename
 
 TOGETHER = [{"pydantic", "pydantic-core"}]
 
@@ -44,22 +48,32 @@ def is_installed(name):
     except importlib.metadata.PackageNotFoundError:
         return False
 
-wheels = {}
+ranks = {tag: rank for rank, tag in enumerate(sys_tags())}
+best = {}
 for path in sorted(Path(sys.argv[1]).glob("*.whl")):
-    wheels.setdefault(re.sub(r"[-_.]+", "-", path.name.split("-")[0]).lower(), []).append(path)
-missing = {name for name in wheels if not is_installed(name)}
+    try:
+        name, version, build, tags = parse_wheel_filename(path.name)
+    except InvalidWheelFilename as error:
+        print(f"gpu_check: {error}; left out", file=sys.stderr)
+        continue
+    fitting = [ranks[tag] for tag in tags if tag in ranks]
+    if not fitting:
+        print(f"gpu_check: {path} is not for this Python and system; left out", file=sys.stderr)
+        continue
+    best[name] = max(best.get(name, ()), (version, -min(fitting), str(path)))
+missing = {name for name in best if not is_installed(name)}
 for group in TOGETHER:
     if group & missing:
-        missing |= group & wheels.keys()
+        missing |= group & best.keys()
 for name in sorted(missing):
-    print(*wheels[name], sep="\n")
+    print(best[name][-1])
 PYTHON
     ) || exit 1
-    while IFS= read -r wheel; do
-        [[ -z $wheel ]] && continue
-        "$python" -m pip install --quiet --no-index --no-deps --disable-pip-version-check --target "$site" "$wheel" ||
-            echo "gpu_check: $wheel could not be installed" >&2
-    done <<<"$missing"
+    if [[ -n $missing ]]; then
+        mapfile -t missing <<<"$missing"
+        "$python" -m pip install --quiet --no-index --no-deps --disable-pip-version-check --target "$site" \
+            "${missing[@]}" || echo "gpu_check: wheels of $wheels could not be installed" >&2
+    fi
 fi
 
 failed=0
@@ -73,7 +87,9 @@ run 140 gpu_check --part tests
 run 45 gpu_check --part losses
 run 55 step --shape llama-3-8b --mix pair-2x2048 --cap-gib 10
 run 55 step --shape llama-3-8b --mix packed-8192 "${cap[@]}"
-run 80 head --tokens 4096 --hidden 4096 --vocab 128256 --dtype bfloat16 --chunk-tokens 1024
+# Liger's loss as it is, not compiled: that alone takes longer than all other sides.
+run 80 head --tokens 4096 --hidden 4096 --vocab 128256 --dtype bfloat16 --chunk-tokens 1024 \
+    --sides plain,liger-eager,qorpo,products
 if "$python" -c 'import datasets, trl' 2>/dev/null; then
     trl=(--trl-checkpointing on --trl-liger on)
     run 60 train_vs_peers --shape llama-3-8b --mix pair-2x2048 "${cap[@]}" --steps 3 --sides trl --trl-batches 1 "${trl[@]}"

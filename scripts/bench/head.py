@@ -63,9 +63,10 @@ def main() -> int:
     output, names = settings.pop("output"), settings.pop("sides").split(",")
     torch.set_num_threads(settings["threads"])
 
-    results = measure(names, settings)
-    for name, figures in results.items():
+    def say(name: str, figures: dict[str, Any]) -> None:
         emit("head", {"side": name, **settings}, figures, settings["device"], output)
+
+    results = measure(names, settings, say)
     if "error" in results.get("qorpo", {"error": "not asked for"}):
         return 1 if "qorpo" in results else 0
     figures = compare(results, AGREEMENT[settings["dtype"]])
@@ -73,8 +74,10 @@ def main() -> int:
     return 0 if figures["agrees"] else 1
 
 
-def measure(names: list[str], settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Figures of each side, by its name; {"error": …} where it can't run."""
+def measure(
+    names: list[str], settings: dict[str, Any], on_measured: Callable[[str, dict[str, Any]], None]
+) -> dict[str, dict[str, Any]]:
+    """Figures of each side, by its name; {"error": …} where it can't run. Each is told as soon as it is whole."""
     context = multiprocessing.get_context("spawn")
     pipes, results, processes = {}, {}, []
     for name in names:  # one after the other: no two first calls at once
@@ -83,16 +86,19 @@ def measure(names: list[str], settings: dict[str, Any]) -> dict[str, dict[str, A
         processes[-1].start()
         theirs.close()
         results[name] = _receive(pipes[name])
+        if "error" in results[name]:
+            on_measured(name, results[name])
     running = [name for name in names if "error" not in results[name]]
-    for _ in range(settings["repeats"]):
+    for turn in range(settings["repeats"]):
         for name in running:
             pipes[name].send(True)
             seconds, cpu_seconds = _receive(pipes[name])
             results[name].setdefault("seconds", []).append(seconds)
             results[name].setdefault("cpu_seconds", []).append(cpu_seconds)
-    for name in running:
-        pipes[name].send(False)
-        results[name]["seconds_median"] = statistics.median(results[name]["seconds"])
+            if turn == settings["repeats"] - 1:
+                pipes[name].send(False)
+                results[name]["seconds_median"] = statistics.median(results[name]["seconds"])
+                on_measured(name, results[name])
     for process in processes:
         process.join()
     return results

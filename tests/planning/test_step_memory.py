@@ -194,6 +194,7 @@ def test_a_chunk_of_logits_is_counted_as_the_card_holds_it(
     folder_of, monkeypatch, has_card, has_triton, bytes_a_logit
 ):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_card)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
     monkeypatch.setattr("qorpo.planning.step_memory.triton_is_installed", lambda: has_triton)
     config = AutoConfig.from_pretrained(folder_of("llama"))
 
@@ -222,3 +223,29 @@ def test_offload_moves_layers_inputs_to_the_host(folder_of, recomputed):
     assert len(decoder_layers(make_fake_model(config, recipe_of(case))[0])) == kept.num_layers == 4
     saved = kept.peaks["forward of the head"].total_bytes - moved.peaks["forward of the head"].total_bytes
     assert saved == pytest.approx(layers * one_input, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("card", "config", "mib"),
+    [
+        (None, "", 8.125),
+        ((8, 6), "", 8.125),
+        ((9, 0), "", 32),
+        ((12, 0), "", 32),
+        ((9, 0), ":4096:2:16:8", 8.125),
+    ],
+)
+def test_workspaces_of_matrix_products_are_counted_by_the_card(folder_of, monkeypatch, card, config, mib):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: card is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: card)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", config)
+
+    def counted(on_cuda: bool) -> int:
+        shape = StepShape(ONE_PAIR, True, "sdpa", 256, None, False, on_cuda=on_cuda)
+        llama = AutoConfig.from_pretrained(folder_of("llama"))
+        return step_memory(llama, recipe_of(CASES[0]), shape).peak.by_kind.get(
+            "matrix products' workspaces", 0
+        )
+
+    assert counted(on_cuda=True) == 2 * mib * 2**20  # of the threads of forward and backward
+    assert counted(on_cuda=False) == 0
