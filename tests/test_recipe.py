@@ -530,13 +530,13 @@ def test_an_objective_has_its_own_keys_and_defaults(tmp_path):
 def test_a_key_of_another_objective_is_refused_by_naming_those_that_have_it():
     assert (
         problem("objective.beta=2")
-        == "objective.beta: belongs to probability_ratio, cpo, simpo; objective.name is orpo"
+        == "objective.beta: belongs to probability_ratio, cpo, simpo; objective.name is orpo; leave it out"
     )
     raw = {**LEAST, "objective": {"name": "simpo", "lambda": 0.1, "nll_tokens": "all", "beta": -1}}
     assert problems(raw) == [
         "objective.beta: got -1; expected a number above 0",
-        "objective.lambda: belongs to orpo, probability_ratio, asft; objective.name is simpo",
-        "objective.nll_tokens: belongs to orpo, probability_ratio, cpo, asft; objective.name is simpo",
+        "objective.lambda: belongs to orpo, probability_ratio, asft; objective.name is simpo; leave it out",
+        "objective.nll_tokens: belongs to orpo, probability_ratio, cpo, asft; objective.name is simpo; leave it out",
     ]
 
 

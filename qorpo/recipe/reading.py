@@ -151,7 +151,7 @@ def _explain(error: ErrorDetails) -> str:
         case "extra_forbidden" | "invalid_key":
             others = belongs_to(str(place[0])) if objective else []
             if others:
-                return f"{path}: belongs to {', '.join(others)}; objective.name is {objective}"
+                return f"{path}: belongs to {', '.join(others)}; objective.name is {objective}; leave it out"
             return _unknown(path)
         case "union_tag_invalid":
             return unknown_objective(error["input"]["name"])

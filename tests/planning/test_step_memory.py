@@ -1,5 +1,6 @@
 """The planned step against a real one, as torch's profiler saw its memory: real bitsandbytes layers, on the CPU."""
 
+import json
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
@@ -53,6 +54,7 @@ class Case(NamedTuple):
     optimizer: str = "paged_adamw_8bit"
     attention: str = "sdpa"
     accumulates: bool = True
+    objective: str = "{}"  # its section of the recipe, JSON
 
 
 CASES = [
@@ -64,6 +66,10 @@ CASES = [
     Case("phi", "none", ONE_PAIR, optimizer="adamw_8bit"),
     Case("opt", "nf4", THREE_PAIRS),
     Case("gpt2", "none", ONE_PAIR, recomputed=0),
+    Case("llama", "none", ONE_PAIR, objective='{"name": "simpo"}'),
+    Case(
+        "llama", "nf4", THREE_PAIRS, objective='{"name": "cpo", "nll_tokens": "all", "nll_average": "token"}'
+    ),
 ]
 
 
@@ -85,6 +91,7 @@ def folder_of(tmp_path_factory):
 
 def recipe_of(case: Case):
     raw = {"model": {"path": "x", "quantization": case.quantization}, "data": {"train": "x"}, "output": "x"}
+    raw["objective"] = json.loads(case.objective)
     return resolve(load_recipe(raw | {"train": {"optimizer": case.optimizer}}), device_type="cpu")
 
 
