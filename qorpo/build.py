@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from qorpo.data.groups import Group, TokenizedData
@@ -11,6 +12,7 @@ from qorpo.data.records import PreferencePair
 from qorpo.data.shapes import Layout
 from qorpo.data.sources import load_pairs
 from qorpo.data.tokenize import ChatFormat, Limits, tokenize_pairs
+from qorpo.errors import RecipeError
 from qorpo.model.load import load_tokenizer, read_chat_template
 from qorpo.objectives.asft import Asft
 from qorpo.objectives.base import Objective
@@ -32,6 +34,20 @@ def chat_format_of(recipe: Recipe) -> ChatFormat:
     keys = recipe.model
     tokenizer = load_tokenizer(keys.path, revision=keys.revision, trust_remote_code=keys.trust_remote_code)
     return ChatFormat(tokenizer, read_chat_template(keys.chat_template))
+
+
+def with_remote_code(recipe: Recipe, path: Path, is_said: bool) -> Recipe:
+    """A run's saved recipe, which trusts a model's code only where the person says so again.
+
+    Raises:
+        RecipeError: where it did, and the person does not.
+    """
+    if recipe.model.trust_remote_code and not is_said:
+        raise RecipeError(
+            f"{path}: the run used code that comes with {recipe.model.path} (model.trust_remote_code: true), which a "
+            "saved recipe can't allow; give --trust-remote-code if you trust that code"
+        )
+    return recipe.replace("model.trust_remote_code", is_said)
 
 
 def load_data(recipe: Recipe, chat_format: ChatFormat) -> PreparedData:

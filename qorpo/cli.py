@@ -32,6 +32,10 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY.SUB=VALUE", help="Changes to the recipe.")
 ]
 FULL = ["tuning=full"]
+RemoteCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Run Python code that comes with the model, as the run did."),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -101,12 +105,13 @@ def export(
     ],
     output: Annotated[Path, typer.Option(help="The folder to make.")],
     dtype: Annotated[str, typer.Option(help="bfloat16, float16, or float32.")] = "bfloat16",
+    trust_remote_code: RemoteCode = False,
     debug: Debug = False,
 ) -> None:
     """Write the model of a sharded checkpoint as a folder that transformers opens."""
     from qorpo.training.export import export_model
 
-    say(f"model: {export_model(run, output, dtype=dtype)}")
+    say(f"model: {export_model(run, output, dtype=dtype, trust_remote_code=trust_remote_code)}")
 
 
 @app.command()
@@ -180,6 +185,7 @@ def merge(
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Read .bin weights too (tensors only, no code).")
     ] = False,
+    trust_remote_code: RemoteCode = False,
     debug: Debug = False,
 ) -> None:
     """Merge a run's adapter into its base, tensor by tensor, and verify the result."""

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from qorpo.errors import RunError
 
@@ -54,6 +54,19 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
+def read_note(path: Path) -> dict[str, Any] | None:
+    """A JSON object that explains a run and decides nothing; None, with a warning, where it is missing or torn."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, dict):
+            return found
+        reason = "it is no JSON object"
+    except (OSError, ValueError, RecursionError) as error:
+        reason = str(error).splitlines()[0]
+    logger.warning("%s: can't be read (%s), and is left out", path, reason)
+    return None
+
+
 def flush(path: Path) -> None:
     """Have a file, or a folder's list of names, on disk before going on."""
     if os.name == "nt" and path.is_dir():
@@ -66,6 +79,16 @@ def flush(path: Path) -> None:
 
 
 # --- folders ---
+
+
+def make_folder(path: Path) -> list[Path]:
+    """Make a folder and those it stands in, on disk; returns the ones that were made, from the inmost."""
+    path = path.absolute()
+    made = [each for each in (path, *path.parents) if not each.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for each in made:
+        flush(each.parent)
+    return made
 
 
 @contextmanager
@@ -120,7 +143,7 @@ def _put(unfinished: Path, path: Path, replace: bool) -> None:
 def _owned(folder: Path, wait: bool) -> Iterator[None]:
     """An empty folder that this process alone fills."""
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         try:
             descriptor = _lock(folder, wait)
         except FileNotFoundError:  # swept by another process, before it was owned
@@ -254,24 +277,33 @@ def _system_error(error: BaseException) -> OSError | None:
 class Lock:
     """One owner at a time of a folder, held through the operating system: a death releases it.
 
-    `.lock` in the folder says who holds it. Works between processes of one machine, and of several where their file
-    system shares locks.
+    `.lock` in the folder says who holds it, and goes with the lock. Works between processes of one machine, and of
+    several where their file system shares locks. A process that has a folder may take it again.
     """
 
+    _held: ClassVar[dict[Path, int]] = {}  # this process's, by the lock's file
+
     def __init__(self, folder: Path):
-        self.path = folder / LOCK
+        self.path = folder.absolute() / LOCK
+        self._made: list[Path] = []
         self._descriptor: int | None = None
 
     def take(self) -> None:
-        """Raises RunError where another process has it, and says which."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.touch()
-        descriptor = _lock(self.path)
-        if descriptor is None:
-            raise RunError(
-                f"{self.path.parent}: in use by {self._holder()}; wait for it to end, or stop it, then try again"
-            )
-        self._descriptor = descriptor
+        """Raises RunError where another process has it, and says which. OSError: where the folder can't be made."""
+        if self.path in self._held:
+            return
+        self._made = make_folder(self.path.parent)
+        while True:
+            self.path.touch()
+            descriptor = _lock(self.path)
+            if descriptor is None:
+                raise RunError(
+                    f"{self.path.parent}: in use by {self._holder()}; wait for it to end, or stop it, then try again"
+                )
+            if descriptor < 0 or _is_at(self.path, descriptor):
+                break
+            os.close(descriptor)  # whoever had it let go of it meanwhile, and removed the file
+        self._descriptor = self._held[self.path] = descriptor
         with contextlib.suppress(OSError):  # who has it is for a message alone
             started = time.strftime("%Y-%m-%d %H:%M:%S")
             self.path.write_text(
@@ -280,10 +312,17 @@ class Lock:
             )
 
     def release(self) -> None:
-        if self._descriptor is not None:
-            if self._descriptor >= 0:
-                os.close(self._descriptor)
-            self._descriptor = None
+        """Let go of it; nothing is left of the lock, nor of a folder that was made for it alone."""
+        if self._descriptor is None:
+            return
+        with contextlib.suppress(OSError):
+            self.path.unlink(missing_ok=True)
+            for folder in self._made:
+                folder.rmdir()
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+        del self._held[self.path]
+        self._descriptor = None
 
     def __enter__(self) -> "Lock":
         self.take()
@@ -298,6 +337,25 @@ class Lock:
             return f"process {found['process']} on {found['host']} since {found['since']}"
         except (OSError, ValueError, KeyError, TypeError):
             return "another process"
+
+
+def _let_go_in_child() -> None:
+    """A forked child would hold the locks on for as long as it lives."""
+    for descriptor in Lock._held.values():
+        if descriptor >= 0:
+            os.close(descriptor)
+    Lock._held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go_in_child)
+
+
+def recover(folder: Path) -> None:
+    """Put a folder that is to be read in order after a kill, as `sweep` does, unless its owner is alive."""
+    if folder.is_dir() and any(map(is_leftover, folder.iterdir())):
+        with contextlib.suppress(OSError, RunError), Lock(folder):
+            sweep(folder)
 
 
 def _lock(path: Path, wait: bool = False) -> int | None:

@@ -35,6 +35,7 @@ HEIGHTS = {
     "objectives": 3,
     "model": 4,
     "build": 5,
+    "identity": 5,
     "engine": 5,
     "planning": 6,
     "training": 7,
@@ -45,7 +46,17 @@ HEIGHTS = {
     "__init__": 9,  # the public names, resolved on first use
 }
 # A recipe belongs to who runs it; what computes takes tensors, floats and pairs.
-READERS_OF_RECIPES = {"recipe", "build", "engine", "planning", "training", "merging", "cli", "__init__"}
+READERS_OF_RECIPES = {
+    "recipe",
+    "build",
+    "identity",
+    "engine",
+    "planning",
+    "training",
+    "merging",
+    "cli",
+    "__init__",
+}
 
 MODEL_LIBRARIES = {
     "torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "tokenizers", "trl",

@@ -7,10 +7,10 @@ share, and all take the same number of micro-batches, since a sharded forward ne
 import contextlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,11 +26,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from qorpo.data.groups import Group, row_tokens
 from qorpo.data.pack import split_by_budget
-from qorpo.errors import RunError
+from qorpo.errors import QorpoError, RunError
 from qorpo.model.checkpointing import decoder_layers
 from qorpo.recipe import Recipe, load_recipe
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,9 +224,29 @@ def main_first() -> Iterator[None]:
 
 def as_on_main(recipe: Recipe) -> Recipe:
     """The main rank's recipe."""
-    found = [recipe.to_dict()]
+    return load_recipe(from_main(recipe.to_dict))
+
+
+def from_main(make: Callable[[], T]) -> T:
+    """What the main rank makes, on all of them."""
+    found: list[Any] = [make() if PartialState().is_main_process else None]
     broadcast_object_list(found)
-    return load_recipe(found[0])
+    return found[0]
+
+
+def all_agree(check: Callable[[], object]) -> None:
+    """Run a check on every rank; where one raises a QorpoError all do, so that none waits for another in vain."""
+    problem: QorpoError | None = None
+    try:
+        check()
+    except QorpoError as error:
+        problem = error
+    if dist.is_initialized():
+        found: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, problem)
+        problem = next((each for each in found if each is not None), None)
+    if problem is not None:
+        raise problem
 
 
 def reshard(scorer: Any) -> None:

@@ -21,11 +21,12 @@ from qorpo.data.records import PreferencePair
 from qorpo.data.token_table import largest_token_id, longest_group
 from qorpo.data.tokenize import ChatFormat
 from qorpo.engine.device import resolve_on
-from qorpo.engine.distributed import as_on_main, make_accelerator, ranks_of, reshard, runs_on
+from qorpo.engine.distributed import as_on_main, from_main, make_accelerator, ranks_of, reshard, runs_on
 from qorpo.engine.optim import make_optimizer, make_schedule, take_rate
 from qorpo.engine.step import run_step
 from qorpo.engine.within_memory import within_memory
 from qorpo.errors import Interrupted, ModelError, RunError
+from qorpo.identity import run_identity
 from qorpo.model.adapters import attach_lora
 from qorpo.model.checkpointing import checkpoint_layers
 from qorpo.model.liger import apply_liger, has_liger
@@ -36,17 +37,12 @@ from qorpo.model.selfcheck import resolve_mode
 from qorpo.out_of_memory import advised
 from qorpo.planning.auto import cap_card, resolve_memory
 from qorpo.recipe import Recipe
-from qorpo.training.checkpoint import (
-    Checkpoints,
-    TrainState,
-    save_adapter,
-    save_tokenizer,
-    save_whole_model,
-)
+from qorpo.training.checkpoint import Checkpoints, TrainState
 from qorpo.training.last_state import ending_with_advice
 from qorpo.training.metrics import Metrics, change_for_the_worse
 from qorpo.training.progress import Progress
 from qorpo.training.run_folder import RunFolder
+from qorpo.training.saving import save_adapter, save_tokenizer, save_whole_model
 from qorpo.training.signals import StopSignals
 from qorpo.training.trackers import Trackers
 
@@ -150,6 +146,7 @@ class Trainer:
         self.checkpoints = Checkpoints(
             self.folder, self.model, self.scorer, self.optimizer.optimizer, self.schedule, self.ranks,
             is_full=self.is_full, keep=recipe.train.keep_checkpoints,
+            belongs_to=from_main(lambda: run_identity(recipe, self.chat, train_pairs, eval_pairs)),
         )  # fmt: skip
 
     @staticmethod
@@ -209,9 +206,13 @@ class Trainer:
 
         Raises:
             Interrupted: after SIGTERM or Ctrl-C, with a checkpoint of the last step.
-            RunError: where the folder is in the way, a checkpoint doesn't fit, the disk is full, or the loss is
-                no longer finite.
+            QorpoError: where the folder is in the way or another process's, a checkpoint doesn't fit or is damaged, the
+                disk is full, or the loss is no longer finite.
         """
+        with self.folder.owned():
+            return self._train(resume)
+
+    def _train(self, resume: bool) -> dict[str, float]:
         folder = self.folder
         if resume:
             self._go_on()
@@ -241,6 +242,7 @@ class Trainer:
                     self.checkpoints.load_best(self.state)
             with folder.new_folder(folder.model if self.is_full else folder.adapter) as unfinished:
                 self.save(unfinished)
+                self.checkpoints.seal(unfinished)
         evaluations = self.metrics.evaluations
         return evaluations[max(evaluations)] if evaluations else self.metrics.last_step
 

@@ -1,7 +1,6 @@
 """From a recipe to a run folder: load what it names, train, and write down what happened."""
 
 import importlib.metadata
-import json
 import logging
 import os
 import platform
@@ -18,26 +17,21 @@ from accelerate import PartialState
 from qorpo.build import chat_format_of, load_data
 from qorpo.data.prepare import PreparedData
 from qorpo.engine.device import check_bfloat16, resolve_on
-from qorpo.engine.distributed import main_first, this_process
+from qorpo.engine.distributed import all_agree, from_main, main_first, this_process
 from qorpo.errors import RunError
+from qorpo.identity import LENGTHS, MAY_CHANGE, run_identity
 from qorpo.model.load import load_model
 from qorpo.out_of_memory import advised
 from qorpo.planning.auto import cap_card
 from qorpo.recipe import Recipe, load_recipe
+from qorpo.storage import read_note
+from qorpo.training.checkpoint import check_checkpoint
 from qorpo.training.loop import Trainer
 from qorpo.training.progress import Progress
 from qorpo.training.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
-# What may change from a run to its resumption: its length, and what doesn't change its result, but for dropout's draws.
-LENGTHS = ("train.epochs", "train.max_steps")
-MAY_CHANGE = (
-    "output", "memory.budget_gib", "memory.microbatch_tokens", "memory.logprob_chunk_tokens",
-    "memory.activation_checkpointing", "memory.activation_offload", "memory.sharding",
-    "train.log_every", "train.keep_checkpoints", "train.report_to",
-    *LENGTHS,
-)  # fmt: skip
 PACKAGES = (
     "torch",
     "transformers",
@@ -85,7 +79,12 @@ def train(
     """
     if not isinstance(recipe, Recipe) or overrides:
         recipe = load_recipe(recipe.to_dict() if isinstance(recipe, Recipe) else recipe, overrides)
-    folder = RunFolder(recipe.output)
+    folder = RunFolder(recipe.output, is_main=this_process().is_main_process)
+    with folder.owned():
+        return _train(folder, recipe, resume, progress)
+
+
+def _train(folder: RunFolder, recipe: Recipe, resume: bool, progress: Progress | None) -> TrainResult:
     if resume:
         folder.check_resumable()
         recipe = merge_saved(load_recipe(folder.recipe), recipe)
@@ -101,6 +100,11 @@ def train(
         data = load_data(recipe, chat)
     if resume:
         check_same_data(folder, data)
+        steps = folder.checkpoint_steps()
+        if steps:  # before the model is loaded
+            identity = from_main(lambda: run_identity(recipe, chat, data.train, data.eval))
+            share = state.process_index, state.num_processes
+            all_agree(lambda: check_checkpoint(folder.checkpoint(steps[-1]), identity, share))
     cap_card(recipe.memory.budget_gib, device)
     is_main, to_be_sharded = (
         state.is_main_process,
@@ -120,6 +124,8 @@ def train(
         trainer = Trainer(
             model, chat.tokenizer, recipe, data.train, data.eval, progress=progress if is_main else None
         )
+    if resume and steps:
+        trainer.checkpoints.checked = steps[-1]
     if is_main and not resume:
         write_down(folder, trainer.recipe, model, data)
     metrics = trainer.train(resume=resume)
@@ -158,16 +164,23 @@ def merge_saved(saved: Recipe, given: Recipe) -> Recipe:
 
 def check_same_data(folder: RunFolder, data: PreparedData) -> None:
     """Raises RunError where the files are not those that the run began with: steps would repeat or miss pairs."""
-    saved = json.loads((folder.path / "data.json").read_text(encoding="utf-8"))
+    saved = read_note(folder.path / "data.json")
+    if saved is None:  # checkpoints know the files too
+        if folder.is_main:
+            folder.write_json("data.json", data.as_dict())
+        return
     for name, now in data.as_dict().items():
-        if isinstance(now, dict) and _hashes(saved[name]) != _hashes(now):
+        if isinstance(now, dict) and _hashes(saved.get(name)) != _hashes(now):
             raise RunError(
                 f"data.{name}: the files have changed since {folder.path} began; put them back, or start anew"
             )
 
 
-def _hashes(report: dict[str, Any]) -> list[str]:
-    return [source["sha256"] for source in report["sources"]]
+def _hashes(report: Any) -> list[str] | None:
+    try:
+        return [source["sha256"] for source in report["sources"]]
+    except (KeyError, TypeError):
+        return None
 
 
 def write_down(folder: RunFolder, recipe: Recipe, model: Any, data: PreparedData) -> None:

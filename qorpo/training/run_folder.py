@@ -1,6 +1,7 @@
 """The run folder: what is in it, and how it is written so that a kill or a full disk leaves the last good state."""
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -11,8 +12,12 @@ from typing import Any
 
 from qorpo.errors import RunError
 from qorpo.storage import (
+    LOCK,
     UNFINISHED,
+    Lock,
     failed_write,
+    flush,
+    make_folder,
     remove_folder,
     sweep,
     unfinished_of,
@@ -20,6 +25,8 @@ from qorpo.storage import (
     write_json,
     write_text,
 )
+
+logger = logging.getLogger(__name__)
 
 # Written before the first step, in this order: a kill before the last leaves no run, and nothing in a new one's way.
 FIRST_WRITTEN = ("data.json", "environment.json", "recipe.yaml")
@@ -48,20 +55,51 @@ class RunFolder:
         self.model = self.path / "model"
         self.checkpoints = self.path / "checkpoints"
 
-    def check_free(self) -> None:
-        """Raises RunError where something is in the way; writes nothing."""
+    @contextmanager
+    def owned(self) -> Iterator[None]:
+        """This run's alone, of all processes: the main rank takes the folder's lock, and sweeps up after a kill.
+
+        Raises:
+            RunError: on all ranks, where another process has it, or it can't be made.
+        """
+        from qorpo.engine.distributed import all_agree  # here, for torch takes seconds
+
+        lock = Lock(self.path)
+
+        def take() -> None:
+            if not self.is_main:
+                return
+            self.check_place()
+            with self.writing():
+                lock.take()
+            self.sweep()
+
+        try:
+            all_agree(take)
+            yield
+        finally:
+            lock.release()
+
+    def check_place(self) -> None:
+        """Raises RunError where no folder can be made and filled; writes nothing."""
         if self.path.exists() and not self.path.is_dir():
             raise RunError(f"output: {self.path} is a file; give another output")
+        home = _existing(self.path)
+        if not (home.is_dir() and os.access(home, os.W_OK | os.X_OK)):
+            raise RunError(f"output: {self.path} can't be made: {home} takes no files; give another output")
+
+    def check_free(self) -> None:
+        """Raises RunError where something is in the way; writes nothing."""
+        self.check_place()
         if self.recipe.exists():
             raise RunError(
                 f"output: {self.path} holds a run; go on with it by --resume, or give another output"
             )
         names = [path.name for path in self.path.iterdir()] if self.path.exists() else []
-        if {name.removeprefix(".").removesuffix(UNFINISHED) for name in names} - {*FIRST_WRITTEN}:
+        if {name.removeprefix(".").removesuffix(UNFINISHED) for name in names if name != LOCK} - {
+            *FIRST_WRITTEN
+        }:
             raise RunError(f"output: {self.path} is not empty; give another output, or empty it")
-        home = _existing(self.path)
-        if not (home.is_dir() and os.access(home, os.W_OK | os.X_OK)):
-            raise RunError(f"output: {self.path} can't be made: {home} takes no files; give another output")
 
     def check_resumable(self) -> None:
         """Raises RunError where there is no run to go on with."""
@@ -72,7 +110,7 @@ class RunFolder:
 
     def write_json(self, name: str, content: Any) -> None:
         with self.writing():
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path)
             write_json(self.path / name, content)
 
     def write_recipe(self, text: str) -> None:
@@ -97,15 +135,28 @@ class RunFolder:
         """Drop the lines after a checkpoint's step, and a last line that a kill left unfinished."""
         if not (self.is_main and self.metrics.exists()):
             return
-        kept = []
-        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+        kept, num_torn = [], 0
+        lines = self.metrics.read_bytes().splitlines()
+        for number, line in enumerate(lines, start=1):
             try:
-                if json.loads(line)["step"] <= last_step:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError, TypeError):
-                break
+                row = json.loads(line)
+                if not all(isinstance(value, int | float) for value in row.values()):
+                    raise ValueError("no line of metrics")
+                if row["step"] <= last_step:
+                    kept.append(line.decode() + "\n")
+            except (ValueError, KeyError, AttributeError, RecursionError):
+                num_torn += number < len(lines)
+        if num_torn:
+            logger.warning("%s: %d lines can't be read, and are left out", self.metrics, num_torn)
         with self.writing():
             write_text(self.metrics, "".join(kept))
+
+    def flush_metrics(self) -> None:
+        """Have the rows so far on disk."""
+        if self.metrics.exists():
+            with self.writing():
+                flush(self.metrics)
+                flush(self.path)
 
     def way_on(self) -> str:
         """How to go on with what is there."""

@@ -396,10 +396,7 @@ def test_a_finished_run_is_left_as_it_is(finished, resume, caplog):
     assert "Traceback" not in err
     assert "nothing left to do: all 12 steps are done; to go on, raise train.max_steps" in caplog.text
     assert "held-out start" in out
-    after = contents(finished)
-    for each in (before, after):
-        del each["adapter/adapter_config.json"]  # its lists come in any order
-    assert after == before
+    assert contents(finished) == before
 
 
 def test_a_finished_runs_adapter_is_made_again_where_it_was_lost(finished, resume):
@@ -483,8 +480,10 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_good(stopped, refer
     before = contents(stopped)
     code, out, err = resume()
     assert (code, out) == (2, "")
-    assert f"{path.parent}: can't be resumed from: " in err
-    assert "remove that folder to go on from the one before it" in err
+    assert (
+        f"{path}: is damaged (its sha256 is not the one it was written with); remove {path.parent} to go on from"
+        in err
+    )
     assert contents(stopped) == before
     if (file, damage) == ("optimizer.pt", None):
         shutil.rmtree(path.parent)
