@@ -200,7 +200,8 @@ def merge(
             result = run(
                 adapter, output, adapters=adapters or [], base=base, revision=revision, onto=onto, dtype=dtype,
                 max_shard_bytes=round(max_shard_size * 1e9), verify=verify or not no_verify,
-                verify_only=verify_only, check_only=check_only, allow_pickle=allow_pickle, progress=progress,
+                verify_only=verify_only, check_only=check_only, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code,
+                progress=progress,
             )  # fmt: skip
     except KeyboardInterrupt as stop:
         say("qorpo: " + "; ".join(["stopped", *map(str, stop.args)]), err=True)

@@ -14,7 +14,8 @@ from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 
-from qorpo.data.tokenize import ChatFormat, Tokenized
+from qorpo.data.groups import TokenizedData
+from qorpo.data.tokenize import ChatFormat
 from qorpo.errors import ModelError
 from qorpo.manifest import fingerprint
 from qorpo.model.load import model_source
@@ -137,7 +138,7 @@ def _of_file(path: Path, *_: int) -> str:
 
 
 def _files_of(pairs: Any) -> list[str] | None:
-    return [each["sha256"] for each in pairs.report.sources] if isinstance(pairs, Tokenized) else None
+    return [each["sha256"] for each in pairs.report.sources] if isinstance(pairs, TokenizedData) else None
 
 
 def _hash(content: Any) -> str:

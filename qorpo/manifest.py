@@ -6,6 +6,7 @@ and a checksum of itself. A single flipped bit in any of it is an error with the
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 
 from qorpo.errors import DamageError
 from qorpo.storage import write_text
+
+logger = logging.getLogger(__name__)
 
 MANIFEST = "qorpo-manifest.json"
 BLOCK_BYTES = 1 << 20
@@ -28,6 +31,7 @@ class Manifest:
 
     files: dict[str, str]
     belongs_to: dict[str, Any]
+    fingerprints: dict[str, str]  # of large files
 
 
 def write_manifest(
@@ -46,7 +50,8 @@ def write_manifest(
         if path.is_file() and path != folder / MANIFEST
     }
     files = {name: hashes.get(name) or sha256_of(path) for name, path in paths.items()}
-    content = {"belongs_to": dict(belongs_to), "files": files}
+    large = {name: fingerprint(path) for name, path in paths.items() if path.stat().st_size > SMALL_BYTES}
+    content = {"belongs_to": dict(belongs_to), "files": files, "fingerprints": large}
     write_text(folder / MANIFEST, _text({**content, "checksum": _checksum(content)}))
 
 
@@ -66,18 +71,27 @@ def read_manifest(folder: Path, remedy: str) -> Manifest | None:
         checksum = content.pop("checksum")
         # By their bytes: a flipped space is damage too.
         if checksum == _checksum(content) and raw == _text({**content, "checksum": checksum}).encode():
-            return Manifest(content["files"], content["belongs_to"])
+            return Manifest(content["files"], content["belongs_to"], content["fingerprints"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     raise DamageError(f"{path}: is damaged (its checksum is wrong); {remedy}")
 
 
-def check_folder(folder: Path, remedy: str, *, only: Sequence[str] | None = None) -> Manifest | None:
+def check_folder(
+    folder: Path,
+    remedy: str,
+    *,
+    only: Sequence[str] | None = None,
+    is_quick: bool = False,
+    for_people: Sequence[str] = (),
+) -> Manifest | None:
     """Hold a folder's files to its manifest, and return it; None where it has none.
 
     Args:
         remedy: what a person is to do where a file is damaged or missing.
         only: paths of the files to look at; None: all of them.
+        is_quick: of large files read samples alone, as `fingerprint` does.
+        for_people: paths of files that people may have edited: a change is a warning.
 
     Raises:
         DamageError: naming each file that is damaged or missing, with the remedy.
@@ -90,10 +104,19 @@ def check_folder(folder: Path, remedy: str, *, only: Sequence[str] | None = None
         path = folder / name
         if only is not None and name not in only:
             continue
+        sampled = manifest.fingerprints.get(name) if is_quick else None
         if not path.is_file():
-            problems.append(f"{path}: is missing")
-        elif sha256_of(path) != expected:
-            problems.append(f"{path}: is damaged (its sha256 is not the one it was written with)")
+            problem = "is missing"
+        elif sampled and fingerprint(path) != sampled:
+            problem = "is damaged (its size and samples are not those it was written with)"
+        elif not sampled and sha256_of(path) != expected:
+            problem = "is damaged (its sha256 is not the one it was written with)"
+        else:
+            continue
+        if name in for_people:
+            logger.warning("%s: is not as qorpo wrote it", path)
+        else:
+            problems.append(f"{path}: {problem}")
     if problems:
         raise DamageError("\n  ".join([f"{problems[0]}; {remedy}", *problems[1:]]))
     return manifest

@@ -184,7 +184,7 @@ class Adapter:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 config = PeftConfig.from_pretrained(str(folder))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ModelError(f"{folder}: adapter_config.json can't be read: {error}") from error
         safe, pickled = folder / "adapter_model.safetensors", folder / "adapter_model.bin"
         if not safe.is_file() and not (allow_pickle and pickled.is_file()):

@@ -14,6 +14,8 @@ from qorpo.build import build_objective
 from qorpo.data.groups import Group
 from qorpo.engine.device import computes_bfloat16
 from qorpo.errors import DataError, QorpoError, RecipeError, RunError
+from qorpo.identity import base_identity
+from qorpo.manifest import check_folder, write_manifest
 from qorpo.merging.outline import Onto, Plan, make_plan
 from qorpo.merging.output import (
     check_output,
@@ -77,6 +79,7 @@ def merge(
     verify_only: bool = False,
     check_only: bool = False,
     allow_pickle: bool = False,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> MergeResult:
     """Write the model that base and adapters make together, as one folder that transformers opens, and verify it.
@@ -97,6 +100,7 @@ def merge(
         verify_only: verify what such a merge wrote before. A merge that was not verified is finished without it too.
         check_only: check everything and write nothing.
         allow_pickle: also read .bin weights (by torch's weights-only reader).
+        trust_remote_code: run code that comes with the base; what a run's recipe says of it counts for nothing.
 
     Raises:
         QorpoError: what the user can fix, before anything is written where that can be known.
@@ -111,7 +115,8 @@ def merge(
         raise RecipeError(
             "--verify-only: not together with --no-verify or --check-only; leave one of them out"
         )
-    trained = [find_trained(str(path), allow_pickle=allow_pickle) for path in (adapter, *adapters)]
+    trust: dict[str, bool] = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+    trained = [find_trained(str(path), **trust) for path in (adapter, *adapters)]
     onto = cast(Onto, onto)
     if onto == "dequantized" and any(
         each.recipe and each.recipe.model.quantization == "none" for each in trained
@@ -119,7 +124,7 @@ def merge(
         raise RecipeError(
             "--onto dequantized: the run trained on unquantized weights; merge onto the original"
         )
-    found = find_base(trained, str(base) if base else None, revision, allow_pickle=allow_pickle)
+    found = find_base(trained, str(base) if base else None, revision, **trust)
     plan = make_plan(
         found, trained, onto=onto, dtype=DTYPES[dtype] if dtype else None,
         max_shard_bytes=max_shard_bytes, allow_pickle=allow_pickle,
@@ -140,6 +145,7 @@ def merge(
         return MergeResult(None, onto, plan.changed, plan.total_bytes, None)
     if is_merged:
         logger.info("merge: %s is merged already; what is left is to verify it", output)
+        check_folder(output, f"remove {output} and merge again", for_people=["README.md"])
     else:
         _write(output, found, trained, plan, onto, record, progress)
     verification = None
@@ -169,9 +175,14 @@ def _write(
 
     with output_folder(output) as folder:
         with torch.no_grad():
-            write_shards(folder, plan.shards, on_progress)
+            hashes = write_shards(folder, plan.shards, on_progress)
         write_files(folder, base, trained, plan.config)
         write_card(folder, base, trained, onto)
+        belongs_to = {
+            "base": base_identity(base.folder),
+            "adapters": [dict(each.belongs_to) for each in trained],
+        }
+        write_manifest(folder, belongs_to, hashes=hashes)
         write_verification(folder, record, NOT_VERIFIED)
 
 
@@ -189,7 +200,9 @@ def _pairs_to_verify_by(
     try:
         if problem := unverifiable([each.adapter for each in trained]):
             raise RunError(problem)
-        pairs = evaluation_pairs(asked_for, trained[0].recipe, str(tokenizer_folder(base, trained)))
+        pairs = evaluation_pairs(
+            asked_for, trained[0].recipe, str(tokenizer_folder(base, trained)), base.trust_remote_code
+        )
         if not pairs:
             raise DataError("the run has no evaluation pairs; give some with --verify")
         config = base.config.get_text_config()

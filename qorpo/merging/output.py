@@ -1,5 +1,6 @@
 """The merged model's folder: made beside its place and renamed, so that a folder of its name is always a whole one."""
 
+import contextlib
 import glob
 import json
 import os
@@ -12,6 +13,7 @@ from typing import Any
 import yaml
 
 from qorpo.errors import RunError
+from qorpo.merging.links import check_copied
 from qorpo.merging.source import Base, Trained
 from qorpo.storage import sweep, write_json
 
@@ -53,9 +55,11 @@ def write_files(folder: Path, base: Base, trained: Sequence[Trained], config: di
         if not KEPT.fullmatch(path.name) or WEIGHTS.fullmatch(path.name) or path.name.startswith("."):
             continue
         if path.is_file() and (tokenizer == base.folder or not TOKENIZER.fullmatch(path.name)):
+            check_copied(path, base.folder)
             shutil.copyfile(path, folder / path.name)
     for path in sorted(tokenizer.iterdir()):
         if path.is_file() and (TOKENIZER.fullmatch(path.name) or path.name == "tokenizer.model"):
+            check_copied(path, tokenizer)
             shutil.copyfile(path, folder / path.name)
     generation: dict[str, Any] = {}
     for home in (base.folder, *(each.adapter.folder for each in trained)):
@@ -102,8 +106,9 @@ def _run_section(trained: Trained) -> list[str]:
     lines = ["", f"## {trained.run.name}", ""]
     data = trained.note("data.json")
     for part in ("train", "eval"):
-        for source in (data.get(part) or {}).get("sources", []):
-            lines.append(f"- {part} data: `{Path(source['path']).name}`, sha256 `{source['sha256']}`")
+        with contextlib.suppress(AttributeError, KeyError, TypeError):  # the card of torn notes is poorer
+            for source in (data.get(part) or {}).get("sources", []):
+                lines.append(f"- {part} data: `{Path(source['path']).name}`, sha256 `{source['sha256']}`")
     measured = _last_evaluation(trained.run / "metrics.jsonl")
     if measured:
         lines += ["", "| held out | |", "|---|---|"]
@@ -119,8 +124,12 @@ def _last_evaluation(metrics: Path) -> dict[str, float]:
     """Of the adapter that was kept: the lowest evaluation loss."""
     if not metrics.is_file():
         return {}
-    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    rows = [row for row in rows if "eval_loss" in row]
+    rows = []
+    for line in metrics.read_bytes().splitlines():
+        with contextlib.suppress(ValueError, RecursionError):  # a torn line
+            row = json.loads(line)
+            if isinstance(row, dict) and all(isinstance(row[name], int | float) for name in row):
+                rows += [row] if "eval_loss" in row else []
     return min(rows, key=lambda row: row["eval_loss"], default={})
 
 

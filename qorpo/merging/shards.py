@@ -4,6 +4,7 @@ By plain file reads: pages of a mapped file count as the process's own. A block 
 first dimension) with the index of the first of them.
 """
 
+import hashlib
 import json
 import os
 import pickle
@@ -19,6 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 
 from qorpo.errors import ModelError
+from qorpo.merging.links import check_name
 
 BLOCK_ELEMENTS = 1 << 20
 BLOCKS_IN_FLIGHT = 4
@@ -123,6 +125,7 @@ def read_checkpoint(folder: Path, *, allow_pickle: bool = False) -> dict[str, St
         if index.is_file():
             return _read_sharded(folder, index)
         if single.is_file():
+            check_name(folder, single.name)
             return read_tensors(single)
     raise ModelError(
         f"{folder}: no weights (model.safetensors or model.safetensors.index.json); is the download complete?"
@@ -135,6 +138,8 @@ def _read_sharded(folder: Path, index: Path) -> dict[str, Stored]:
         names = list(dict.fromkeys(weight_map.values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{index}: no index of shards ({error}); is the download complete?") from error
+    for name in names:
+        check_name(folder, name)
     if absent := [name for name in names if not (folder / name).is_file()]:
         raise ModelError(f"{folder}: shards are missing: {', '.join(absent)}; is the download complete?")
     problems: list[str] = []
@@ -263,10 +268,14 @@ def plan_shards(tensors: Iterable[Planned], max_bytes: int) -> list[Shard]:
     ]
 
 
-def write_shards(folder: Path, shards: list[Shard], on_progress: Callable[[int], None]) -> None:
+def write_shards(folder: Path, shards: list[Shard], on_progress: Callable[[int], None]) -> dict[str, str]:
     """Write shards and their index, each flushed to disk; `on_progress` hears of bytes as they are handed over.
 
-    One thread computes blocks, one writes them, and one flushes what was written, so that the disk never waits.
+    One thread computes blocks, one writes them, one hashes them, and one flushes what was written, so that the disk
+    never waits.
+
+    Returns:
+        The sha256 of each shard's file.
     """
     with _one_thread_computing(), _Writer() as writer:
         for shard in shards:
@@ -284,6 +293,7 @@ def write_shards(folder: Path, shards: list[Shard], on_progress: Callable[[int],
             "weight_map": {tensor.name: shard.file for shard in shards for tensor in shard.tensors},
         }
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+    return writer.hashes
 
 
 class _Writer:
@@ -291,7 +301,10 @@ class _Writer:
 
     def __init__(self) -> None:
         self._writing = ThreadPoolExecutor(1, thread_name_prefix="qorpo-write")
+        self._hashing = ThreadPoolExecutor(1, thread_name_prefix="qorpo-hash")
         self._flushing = ThreadPoolExecutor(1, thread_name_prefix="qorpo-flush")
+        self.hashes: dict[str, str] = {}  # of finished files, by their names
+        self._sha = hashlib.sha256()
         self._writes: deque[Future[Any]] = deque()
         self._flushes: list[Future[Any]] = []
         self._unflushed_bytes = 0
@@ -301,21 +314,27 @@ class _Writer:
 
     def __exit__(self, *error: object) -> None:
         self._writing.shutdown()
+        self._hashing.shutdown()
         self._flushing.shutdown()
         if error[0] is None:
             for future in (*self._writes, *self._flushes):
                 future.result()
 
     def write(self, file: BinaryIO, data: Any) -> None:
-        self._soon(self._write, file, data)
+        self._writes.append(self._writing.submit(self._write, file, data))
+        self._writes.append(self._hashing.submit(self._hash, data))
+        while len(self._writes) > 2 * BLOCKS_IN_FLIGHT:
+            self._writes.popleft().result()
 
     def finish(self, file: BinaryIO) -> None:
-        self._soon(self._flush, file, True)
+        self._writes.append(self._writing.submit(self._flush, file, True))
+        self._writes.append(self._hashing.submit(self._hashed, Path(file.name).name))
 
-    def _soon(self, call: Callable[..., Any], *arguments: Any) -> None:
-        self._writes.append(self._writing.submit(call, *arguments))
-        while len(self._writes) > BLOCKS_IN_FLIGHT:
-            self._writes.popleft().result()
+    def _hash(self, data: Any) -> None:
+        self._sha.update(data)
+
+    def _hashed(self, name: str) -> None:
+        self.hashes[name], self._sha = self._sha.hexdigest(), hashlib.sha256()
 
     def _write(self, file: BinaryIO, data: Any) -> None:
         _write_all(file, data)

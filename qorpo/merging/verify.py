@@ -101,14 +101,15 @@ class Verification:
         }
 
 
-def evaluation_pairs(source: str | Path | None, recipe: Recipe | None, tokenizer_folder: str) -> list[Group]:
+def evaluation_pairs(
+    source: str | Path | None, recipe: Recipe | None, tokenizer_folder: str, trust_remote_code: bool = False
+) -> list[Group]:
     """Pairs of a file, else of the run's own evaluation, as tokens; none where there is neither.
 
     Raises:
         DataError: where they can't be read.
     """
-    remote_code = recipe.model.trust_remote_code if recipe else False
-    chat = ChatFormat(load_tokenizer(tokenizer_folder, trust_remote_code=remote_code))
+    chat = ChatFormat(load_tokenizer(tokenizer_folder, trust_remote_code=trust_remote_code))
     if source is not None:
         keys = recipe.data if recipe else DataRecipe(train=("none",))
         return list(tokenize_pairs(load_pairs(source), chat, limits_of(keys)).groups)

@@ -24,6 +24,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from qorpo.errors import ModelError
+from qorpo.manifest import MANIFEST, check_folder, read_manifest
 from qorpo.model.nf4 import fix_dequantization, keep_quant_states, quantized_on_gpu
 from qorpo.out_of_memory import is_out_of_memory
 
@@ -49,7 +50,9 @@ def load_tokenizer(
         raise ModelError(
             f"{source}: no tokenizer (tokenizer.json, tokenizer.model or vocab.*); copy the base's there"
         )
-    if not Path(source).is_dir():
+    if Path(source).is_dir():
+        check_model_folder(Path(source), with_weights=False)
+    else:
         ask_hub_once(source, revision)
     try:
         return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
@@ -66,6 +69,7 @@ def load_config(path: str, *, revision: str | None = None, trust_remote_code: bo
     source = model_source(path)
     if Path(source).is_dir():
         _check_config(Path(source))
+        check_model_folder(Path(source), with_weights=False)
     else:
         ask_hub_once(source, revision)
     try:
@@ -109,6 +113,7 @@ def load_model(
     source = model_source(path)
     if Path(source).is_dir():
         _check_weights_there(Path(source), allow_pickle)
+        check_model_folder(Path(source))
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         if quantization == "nf4":
@@ -158,6 +163,19 @@ def model_source(path: str) -> str:
             f"model.path: there is no folder {path}; give a model folder, a hub id (org/name), or demo"
         )
     return path
+
+
+def check_model_folder(folder: Path, *, with_weights: bool = True) -> None:
+    """Hold a folder that qorpo wrote to its manifest; others have none. Of large files samples are read.
+
+    Raises:
+        DamageError: with each file that is damaged or missing.
+    """
+    remedy = f"make the model again, or remove {MANIFEST} if you changed it yourself"
+    if (manifest := read_manifest(folder, remedy)) is None:
+        return
+    names = [name for name in manifest.files if with_weights or not name.endswith(".safetensors")]
+    check_folder(folder, remedy, only=names, is_quick=True, for_people=["README.md"])
 
 
 def ask_hub_once(name: str, revision: str | None) -> None:

@@ -38,7 +38,7 @@ def test_the_folder_holds_all_that_a_model_needs(merged, run):
     names = {path.name for path in merged.output.iterdir()}
     assert names == {
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-        "chat_template.jinja", "README.md", "verification.json",
+        "chat_template.jinja", "README.md", "verification.json", "qorpo-manifest.json",
     }  # fmt: skip
     assert merged.onto == "original"
     stored = load_file(merged.output / "model.safetensors")

@@ -16,6 +16,7 @@ import qorpo
 from qorpo.data.groups import Group
 from qorpo.data.pack import pack_groups
 from qorpo.errors import RunError
+from qorpo.manifest import MANIFEST
 from qorpo.merging import merge as merging
 from qorpo.merging.source import find_base, find_trained
 from qorpo.merging.verify import THRESHOLDS, Verification, _Scores, verify_merged, with_adapters
@@ -123,6 +124,7 @@ def test_a_wrong_merge_fails(mistake, onto, real, tmp_path):
             name: tensor for name, tensor in own.items() if name.endswith("layers.1.mlp.down_proj.weight")
         }
         save_file(merged | left_out, output / "model.safetensors", {"format": "pt"})
+        (output / MANIFEST).unlink()  # it would notice
     trained = find_trained(str(adapter))
     verification = verify_merged(
         output, find_base([trained], None, None), [trained.adapter],
