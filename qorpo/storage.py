@@ -264,7 +264,10 @@ def _system_error(error: BaseException) -> OSError | None:
     if type(error).__name__ == "CheckpointException":  # of torch.distributed.checkpoint: an error a rank
         found = (_system_error(each) for each, _ in error.failures.values())  # type: ignore[attr-defined]
         return next((each for each in found if each is not None), None)
-    if type(error).__name__ == "SafetensorError" and (number := re.search(r"os error (\d+)", str(error))):
+    is_of_rust = (
+        type(error) is Exception or type(error).__name__ == "SafetensorError"
+    )  # of tokenizers, safetensors
+    if is_of_rust and (number := re.search(r"\(os error (\d+)\)", str(error))):
         return OSError(int(number[1]), os.strerror(int(number[1])))
     if isinstance(error, RuntimeError) and error.__context__ is not None:  # torch.save, into an open file
         return _system_error(error.__context__)

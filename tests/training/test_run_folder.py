@@ -206,7 +206,7 @@ def test_a_failed_write_names_the_last_good_checkpoint_and_the_room(folder):
 
 
 def test_each_librarys_words_for_a_failed_write_are_known(folder):
-    """Of torch.save into an open file, of torch.distributed.checkpoint and of safetensors."""
+    """Of torch.save into an open file, of torch.distributed.checkpoint, of safetensors and of tokenizers."""
     begun(folder)
     full = OSError(errno.ENOSPC, "No space left on device")
     try:
@@ -219,7 +219,8 @@ def test_each_librarys_words_for_a_failed_write_are_known(folder):
     of_safetensors = SafetensorError(
         "Error while serializing: I/O error: No space left on device (os error 28)"
     )
-    for error in (of_torch, CheckpointException("", {0: (full, None)}), of_safetensors):
+    of_tokenizers = Exception("No space left on device (os error 28)")
+    for error in (of_torch, CheckpointException("", {0: (full, None)}), of_safetensors, of_tokenizers):
         with pytest.raises(RunError, match="no checkpoint was written yet; make room"), folder.writing():
             raise error
 
