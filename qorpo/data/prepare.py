@@ -180,7 +180,11 @@ def _build(folder: Path, work: _Work, chat_format: ChatFormat, num_processes: in
         np.save(content, rows)  # into a file it passes over a failed write in silence
         (folder / f"{name}.npy").write_bytes(content.getvalue())
         groups = ArrowGroups(table, rows)
-        reports[name] = tokens_report(report, groups.lengths().tolist(), groups.cuts().tolist()).as_dict()
+        try:
+            tokens_report(report, groups.lengths().tolist(), groups.cuts().tolist())
+        except DataError as error:
+            raise DataError(f"data.{name}: {error}") from None
+        reports[name] = report.as_dict()
 
     report, prompts = read("train", work.train)
     _tokenize(folder, "train", tokenize, num_processes)

@@ -167,6 +167,6 @@ class _Problems:
 
 
 def _nothing_text(files: Sequence[RecordFile], report: DataReport) -> str:
-    places = "; ".join(f"{reason}: {', '.join(where)}" for reason, where in report.examples.items())
+    places = "; ".join(f"{reason}: {', '.join(report.examples[reason])}" for reason in report.dropped)
     look = f"look at {places}" if places else "there are no records"
     return f"0 usable pairs in {_named(files)}: {report.summary()}; {look}"

@@ -113,3 +113,11 @@ def longest_group(groups: Sequence[Group]) -> GroupLengths:
         lengths = groups.lengths()
         return tuple(lengths[lengths.sum(1).argmax()].tolist())
     return max((group.lengths for group in groups), key=sum)
+
+
+def longest_sequence(groups: Sequence[Group]) -> int:
+    """The most tokens of a prompt with one of its responses, 0 where there are none."""
+    if isinstance(groups, ArrowGroups):
+        prompts, *responses = groups.lengths().T
+        return int((prompts + np.max(responses, axis=0)).max(initial=0))
+    return max((prompt + max(rest) for prompt, *rest in (group.lengths for group in groups)), default=0)

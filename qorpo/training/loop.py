@@ -18,7 +18,7 @@ from qorpo.build import build_objective, tokenized
 from qorpo.data.groups import Group, GroupLengths, TokenizedData
 from qorpo.data.locate import Sources
 from qorpo.data.records import PreferencePair
-from qorpo.data.token_table import largest_token_id, longest_group
+from qorpo.data.token_table import longest_group
 from qorpo.data.tokenize import ChatFormat
 from qorpo.engine.device import resolve_on
 from qorpo.engine.distributed import as_on_main, from_main, make_accelerator, ranks_of, reshard, runs_on
@@ -38,6 +38,7 @@ from qorpo.out_of_memory import advised
 from qorpo.planning.auto import cap_card, resolve_memory
 from qorpo.recipe import Recipe
 from qorpo.training.checkpoint import Checkpoints, TrainState
+from qorpo.training.checks import check_positions, check_vocabulary
 from qorpo.training.last_state import ending_with_advice
 from qorpo.training.metrics import Metrics, change_for_the_worse
 from qorpo.training.progress import Progress
@@ -85,7 +86,8 @@ class Trainer:
         self.train_pairs = tokenized(train_pairs, self.chat, recipe.data)
         self.eval_pairs = [] if eval_pairs is None else list(tokenized(eval_pairs, self.chat, recipe.data))
         for pairs in (self.train_pairs, self.eval_pairs):
-            _check_vocabulary(model, tokenizer, pairs)
+            check_vocabulary(model, tokenizer, pairs)
+            check_positions(model, pairs)
 
         self.dtype = train_all(model) if self.is_full else model.dtype
         casts_to = casts_of(recipe.tuning, self.dtype)
@@ -437,13 +439,3 @@ class Trainer:
 def _mixed(seed: int, number: int) -> int:
     """A seed of its own for each number, far apart from the neighbours'."""
     return (seed * 0x9E3779B97F4A7C15 + number * 0xBF58476D1CE4E5B9) % 2**63
-
-
-def _check_vocabulary(model: Any, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Group]) -> None:
-    largest = largest_token_id(pairs)
-    rows = model.get_input_embeddings().weight.shape[0]
-    if largest >= rows:
-        raise ModelError(
-            f"the tokenizer gives token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), but the model has only "
-            f"{rows} embeddings; use the tokenizer that belongs to the model"
-        )

@@ -18,7 +18,7 @@ from qorpo.data.locate import Source
 from qorpo.data.prepare import prepare_pairs
 from qorpo.data.shapes import Layout
 from qorpo.data.sources import load_pairs
-from qorpo.data.token_table import largest_token_id, longest_group
+from qorpo.data.token_table import largest_token_id, longest_group, longest_sequence
 from qorpo.data.tokenize import ChatFormat, Limits, tokenize_pairs
 from qorpo.errors import DataError
 from qorpo.manifest import MANIFEST
@@ -88,6 +88,7 @@ def test_dropped_pairs_leave_counts_whole_numbers(source, chat, tmp_path, eval):
         assert pairs.cuts().dtype == np.bool_
         assert all(type(length) is int for length in longest_group(pairs))
         assert longest_group(pairs) == longest_group(list(pairs))
+        assert longest_sequence(pairs) == longest_sequence(list(pairs)) > 0
         counted = [count for side in report.tokens.values() for count in (side["total"], side["max"])]
         assert all(type(count) is int for count in [*counted, *report.cut.values()])
 
@@ -282,7 +283,7 @@ def test_nothing_is_left_of_what_fails(source, chat, tmp_path, monkeypatch):
     write(Path(source), [*records(3), {"prompt": 1}])
     with pytest.raises(DataError, match=r"pairs\.jsonl:4"):
         prepared(source, None, chat, tmp_path)
-    with pytest.raises(DataError, match="0 usable pairs left as tokens"):
+    with pytest.raises(DataError, match=r"^data\.train: 0 usable pairs left as tokens"):
         prepared(source, None, chat, tmp_path, Limits(3, 2), on_bad_record="skip")
 
     def full(*_):

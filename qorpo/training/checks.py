@@ -1,0 +1,42 @@
+"""Whether data and model go together, found before a step fails in the middle of them."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from qorpo.data.groups import Group
+from qorpo.data.token_table import largest_token_id, longest_sequence
+from qorpo.errors import DataError, ModelError
+
+logger = logging.getLogger(__name__)
+
+
+def check_vocabulary(model: Any, tokenizer: PreTrainedTokenizerBase, groups: Sequence[Group]) -> None:
+    """Raises ModelError for a token that the model has no embedding of."""
+    largest = largest_token_id(groups)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if largest >= rows:
+        raise ModelError(
+            f"the tokenizer gives token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), but the model has only "
+            f"{rows} embeddings; use the tokenizer that belongs to the model"
+        )
+
+
+def check_positions(model: Any, groups: Sequence[Group]) -> None:
+    """Warns of a prompt with its response that is longer than the model's positions.
+
+    Raises DataError where the model can't go beyond them: its positions are a table, and no rotation.
+    """
+    config = model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    longest = longest_sequence(groups)
+    if positions is None or longest <= positions:
+        return
+    found = f"data.max_length: a prompt with its response has {longest:,} tokens"
+    if not getattr(config, "rope_parameters", None):
+        raise DataError(f"{found}, but the model has {positions:,} positions; set it to {positions} at most")
+    logger.warning(
+        "%s, and the model was made for %s: beyond these it may score poorly", found, f"{positions:,}"
+    )
