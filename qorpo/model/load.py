@@ -5,7 +5,7 @@ import importlib.util
 import json
 import logging
 import pickle
-from collections.abc import Collection
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -124,10 +124,10 @@ def load_model(
                 ].bnb_4bit_quant_storage = torch.bfloat16  # what is uint8 stays whole
         if not allow_pickle:
             options["use_safetensors"] = True
-        with quantized_on_gpu() if to_be_sharded else contextlib.nullcontext():
+        with quantized_on_gpu() if to_be_sharded else contextlib.nullcontext(), _without_load_report():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source, config=config, dtype=torch.bfloat16, device_map={"": torch.device(device)},
-                output_loading_info=True, **options,
+                output_loading_info=True, ignore_mismatched_sizes=True, **options,
             )  # fmt: skip
     except (pickle.UnpicklingError, EOFError) as error:  # torch's own words advise to run what is inside
         raise ModelError(
@@ -138,7 +138,7 @@ def load_model(
             raise
         raise ModelError(f"{source}: the model could not be loaded: {_first_line(error)}") from error
     model, report = loaded
-    _check_weights(source, model, report["missing_keys"])
+    _check_weights(source, model, report)
     if quantization == "nf4" and not keep_nf4_trainable(model):
         logger.warning("quantization: no layer of this model could be quantized; it trains in bfloat16")
     if to_be_sharded:
@@ -213,14 +213,40 @@ def _check_weights_there(folder: Path, allow_pickle: bool) -> None:
         )
 
 
-def _check_weights(source: str, model: nn.Module, missing: Collection[str]) -> None:
+@contextlib.contextmanager
+def _without_load_report() -> Iterator[None]:
+    """Without transformers' table of what didn't fit: `_check_weights` says that in one line."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    theirs = logging.getLogger("transformers.modeling_utils")
+    theirs.addFilter(is_other)
+    try:
+        yield
+    finally:
+        theirs.removeFilter(is_other)
+
+
+def _check_weights(source: str, model: nn.Module, report: Mapping[str, Any]) -> None:
     """Raises ModelError for what transformers lets pass: it fills missing weights with random numbers, and takes
-    weights of any shape where it quantizes them.
+    weights of any shape where it quantizes them; warns of weights that the config has no place for.
     """
-    if missing:
+    if mismatched := sorted(report["mismatched_keys"]):
+        name, there, expected = mismatched[0]
+        raise ModelError(
+            f"{source}: {len(mismatched)} weights have other shapes than config.json says, such as {name}: {tuple(there)}, "
+            f"and by config.json {tuple(expected)}; config.json and weights are not one model's"
+        )
+    if missing := report["missing_keys"]:
         raise ModelError(
             f"{source}: {len(missing)} weights are missing, such as {min(missing)}; is the download complete?"
         )
+    if unused := report["unexpected_keys"]:
+        logger.warning(
+            "%s: %d weights are not used, such as %s: config.json has no place for them; is it this model's?",
+            source, len(unused), min(unused),
+        )  # fmt: skip
     for name, module in model.named_modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         if state is not None and tuple(state.shape) != (module.out_features, module.in_features):
@@ -266,6 +292,8 @@ def keep_nf4_trainable(model: nn.Module) -> int:
 
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].endswith(":"):
+        return f"{lines[0]} {lines[1]}"
     return lines[0] if lines else type(error).__name__
 
 

@@ -81,6 +81,7 @@ def test_another_revision_than_was_trained_on(both, tmp_path):
 
 def test_another_hub_model_than_was_trained_on(both, tmp_path, monkeypatch):
     set_config(both[1], base_model_name_or_path="org/model")
+    monkeypatch.setattr("qorpo.merging.source.ask_hub_once", lambda *_: None)
     monkeypatch.setattr("qorpo.merging.source.snapshot_download", lambda *_, **__: str(both[0]))
     refused("trained on org/model, not on org/another", both[1], tmp_path, base="org/another")
 
@@ -91,7 +92,7 @@ def test_a_base_that_is_nowhere(both, tmp_path):
     set_config(both[1], base_model_name_or_path=None)
     refused("name no base; say which to merge into with --base", both[1], tmp_path)
     set_config(both[1], base_model_name_or_path="org/model")
-    refused("org/model: neither a folder nor to be had from the hub", both[1], tmp_path)
+    refused("org/model: there is no such folder, and the hub can't be reached", both[1], tmp_path)
 
 
 # --- broken files ---

@@ -152,3 +152,27 @@ def test_a_template_file_is_read_as_it_stands(tmp_path):
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(ModelError, match=r"model\.chat_template"):
         read_chat_template(str(path))
+
+
+# --- a config of another model ---
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize(
+    ("change", "shown"), [({"vocab_size": 512}, r"\(512, 64\)"), ({"intermediate_size": 192}, "192")]
+)
+def test_a_config_of_other_shapes_is_one_message(base_copy, caplog, quantization, change, shown):
+    file = base_copy / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(
+        ModelError, match=f"by config.json .*{shown}.*config.json and weights are not one model's"
+    ):
+        load_model(str(base_copy), quantization=quantization)
+    assert "LOAD REPORT" not in caplog.text
+
+
+def test_weights_without_a_place_are_said(base_copy, caplog):
+    file = base_copy / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_hidden_layers": 1}))
+    load_model(str(base_copy), quantization="none")
+    assert "9 weights are not used, such as model.layers.1.input_layernorm.weight" in caplog.text
