@@ -152,14 +152,13 @@ def _owned(folder: Path, wait: bool) -> Iterator[None]:
             raise RunError(f"{folder}: another process is writing it; wait for it to end")
         if descriptor < 0 or _is_at(folder, descriptor):
             break
-        os.close(descriptor)  # whoever had it gave it its final name meanwhile
+        _unlock(descriptor)  # whoever had it gave it its final name meanwhile
     try:
         for entry in folder.iterdir():
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
         yield
     finally:
-        if descriptor >= 0:
-            os.close(descriptor)
+        _unlock(descriptor)
 
 
 def sweep(folder: Path, name: str = "*") -> None:
@@ -184,8 +183,7 @@ def sweep(folder: Path, name: str = "*") -> None:
             descriptor = _lock(leftover)
             if descriptor is not None:
                 shutil.rmtree(leftover, ignore_errors=True)
-                if descriptor >= 0:
-                    os.close(descriptor)
+                _unlock(descriptor)
 
 
 def is_leftover(path: Path) -> bool:
@@ -322,8 +320,7 @@ class Lock:
             self.path.unlink(missing_ok=True)
             for folder in self._made:
                 folder.rmdir()
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
+        _unlock(self._descriptor)
         del self._held[self.path]
         self._descriptor = None
 
@@ -377,13 +374,35 @@ def _lock(path: Path, wait: bool = False) -> int | None:
         if wait:
             logger.info("%s: another process is writing it; waiting for it to end", path)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
+            _held.add(descriptor)
             return descriptor
         os.close(descriptor)
         return None
     except OSError:
         os.close(descriptor)
         return -1
+    _held.add(descriptor)
     return descriptor
+
+
+def _unlock(descriptor: int) -> None:
+    if descriptor in _held:  # not where there are no locks, nor in a child
+        _held.remove(descriptor)
+        os.close(descriptor)
+
+
+# A lock lasts as long as any process has its descriptor. Workers that outlive a killed parent must not keep it.
+_held: set[int] = set()
+
+
+def _forget_in_child() -> None:
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_in_child)
 
 
 def _is_at(path: Path, descriptor: int) -> bool:

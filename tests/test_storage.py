@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import pytest
@@ -131,3 +132,44 @@ def test_a_lock_names_its_holder_and_ends_with_it(tmp_path):
         pass
     with Lock(tmp_path):  # it was released
         pass
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no flock")
+def test_a_lock_ends_with_its_holder_though_a_worker_lives_on(tmp_path):
+    script = """
+    import os, time
+    from qorpo.storage import Lock
+    Lock(Path(sys.argv[1])).take()
+    worker = os.fork()
+    if worker == 0:
+        time.sleep(60)
+        os._exit(0)
+    (Path(sys.argv[1]) / "worker").write_text(str(worker))
+    wait()
+    """
+    process = in_another_process(script, tmp_path)
+    worker = int((tmp_path / "worker").read_text())
+    try:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        os.kill(worker, 0)  # it lives
+        with Lock(tmp_path):
+            pass
+    finally:
+        os.kill(worker, signal.SIGKILL)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no flock")
+def test_who_waits_gets_a_folder_once_it_is_free(tmp_path):
+    script = """
+    from qorpo.storage import whole_folder
+    with whole_folder(Path(sys.argv[1]), replace=True) as folder:
+        (folder / "theirs").touch()
+        wait()
+    """
+    process = in_another_process(script, tmp_path / "model")
+    threading.Timer(0.5, process.kill).start()
+    with whole_folder(tmp_path / "model", wait=True) as folder:
+        assert process.wait() != 0
+        (folder / "ours").touch()
+    assert names(tmp_path / "model") == ["ours"]
