@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 UNFINISHED = ".qorpo-unfinished"
 REPLACED = ".qorpo-replaced"
 LOCK = ".lock"
+MOST_ATTEMPTS = 100
 
 
 # --- files ---
@@ -101,8 +102,8 @@ def whole_folder(path: Path, *, replace: bool = False, wait: bool = False) -> It
         wait: for another process that is writing the same folder.
 
     Raises:
-        RunError: where another process is writing the same folder, without `wait`. OSError: where it can't be written; nothing is left
-            of it then.
+        RunError: where another process is writing it, without `wait`. OSError: where it can't be written; nothing is
+            left of it then.
     """
     path = path.absolute()
     unfinished = unfinished_of(path)
@@ -142,11 +143,14 @@ def _put(unfinished: Path, path: Path, replace: bool) -> None:
 @contextmanager
 def _owned(folder: Path, wait: bool) -> Iterator[None]:
     """An empty folder that this process alone fills."""
+    attempts = iter(range(MOST_ATTEMPTS))
     while True:
-        make_folder(folder)
         try:
+            make_folder(folder)
             descriptor = _lock(folder, wait)
-        except FileNotFoundError:  # swept by another process, before it was owned
+        except (FileExistsError, FileNotFoundError):  # another process renamed or swept it in between
+            if next(attempts, None) is None:
+                raise
             continue
         if descriptor is None:
             raise RunError(f"{folder}: another process is writing it; wait for it to end")
@@ -303,7 +307,7 @@ class Lock:
                 )
             if descriptor < 0 or _is_at(self.path, descriptor):
                 break
-            os.close(descriptor)  # whoever had it let go of it meanwhile, and removed the file
+            _unlock(descriptor)  # whoever had it let go of it meanwhile, and removed the file
         self._descriptor = self._held[self.path] = descriptor
         with contextlib.suppress(OSError):  # who has it is for a message alone
             started = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -339,18 +343,6 @@ class Lock:
             return "another process"
 
 
-def _let_go_in_child() -> None:
-    """A forked child would hold the locks on for as long as it lives."""
-    for descriptor in Lock._held.values():
-        if descriptor >= 0:
-            os.close(descriptor)
-    Lock._held.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_let_go_in_child)
-
-
 def recover(folder: Path) -> None:
     """Put a folder that is to be read in order after a kill, as `sweep` does, unless its owner is alive."""
     if folder.is_dir() and any(map(is_leftover, folder.iterdir())):
@@ -371,13 +363,11 @@ def _lock(path: Path, wait: bool = False) -> int | None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        if wait:
-            logger.info("%s: another process is writing it; waiting for it to end", path)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            _held.add(descriptor)
-            return descriptor
-        os.close(descriptor)
-        return None
+        if not wait:
+            os.close(descriptor)
+            return None
+        logger.info("%s: another process is writing it; waiting for it to end", path)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
     except OSError:
         os.close(descriptor)
         return -1
@@ -391,18 +381,19 @@ def _unlock(descriptor: int) -> None:
         os.close(descriptor)
 
 
-# A lock lasts as long as any process has its descriptor. Workers that outlive a killed parent must not keep it.
 _held: set[int] = set()
 
 
-def _forget_in_child() -> None:
+def _let_go_in_child() -> None:
+    """A forked child would hold the locks on for as long as it lives, also past its parent's death."""
     for descriptor in _held:
         os.close(descriptor)
     _held.clear()
+    Lock._held.clear()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_in_child)
+    os.register_at_fork(after_in_child=_let_go_in_child)
 
 
 def _is_at(path: Path, descriptor: int) -> bool:

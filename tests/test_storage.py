@@ -140,10 +140,13 @@ def test_a_lock_ends_with_its_holder_though_a_worker_lives_on(tmp_path):
     import os, time
     from qorpo.storage import Lock
     Lock(Path(sys.argv[1])).take()
+    reader, writer = os.pipe()
     worker = os.fork()
     if worker == 0:
+        os.write(writer, b"here")
         time.sleep(60)
         os._exit(0)
+    os.read(reader, 4)
     (Path(sys.argv[1]) / "worker").write_text(str(worker))
     wait()
     """
