@@ -106,12 +106,12 @@ def qorpo(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]
 
 
 def train_killed_and_resumed(recipe: Path, run: Path, *options: str) -> None:
-    """Train, killed as soon as a checkpoint is there, and again to the end."""
+    """Train, killed as soon as a checkpoint of trained weights is there, and again to the end."""
     command = [sys.executable, "-m", "qorpo", "train", str(recipe), *options]
     with (run.parent / "killed.log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
     deadline = time.monotonic() + 900
-    while process.poll() is None and not any((run / "checkpoints").glob("step-*")):
+    while process.poll() is None and not (run / "checkpoints" / f"step-{SHORT_RUN['save_every']}").exists():
         assert time.monotonic() < deadline, "no checkpoint after a quarter of an hour"
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
