@@ -135,6 +135,7 @@ class _Work:
             "tokenizer": backend.to_str() if backend else sorted(tokenizer.get_vocab().items()),
             "class": [type(tokenizer).__name__, str(tokenizer.special_tokens_map)],
             "template": [tokenizer.chat_template, chat_format.stop_token_id],
+            "columns": str(arrow_schema()),
             "versions": [
                 importlib.metadata.version(name) for name in ("qorpo", "transformers", "tokenizers")
             ],

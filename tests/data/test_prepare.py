@@ -218,6 +218,15 @@ def test_a_damaged_entry_is_made_again_and_said(source, chat, tmp_path, caplog):
     assert "kept before" not in caplog.text  # whatever other tests made of the log level
 
 
+def test_tables_of_other_columns_are_not_taken_for_these(source, chat, tmp_path, monkeypatch):
+    """As code from before the next change of them has left."""
+    expected = list(prepared(source, 0.2, chat, tmp_path).train.groups)
+    schema = prepare.arrow_schema().with_metadata({"changed": "columns"})
+    monkeypatch.setattr(prepare, "arrow_schema", lambda: schema)
+    assert list(prepared(source, 0.2, chat, tmp_path).train.groups) == expected
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
 def test_an_entry_with_more_files_or_of_other_tokens_is_made_again(source, chat, tmp_path, caplog):
     expected = list(prepared(source, None, chat, tmp_path).train.groups)
     (folder,) = (tmp_path / "cache").iterdir()
