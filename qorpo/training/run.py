@@ -164,13 +164,14 @@ def merge_saved(saved: Recipe, given: Recipe) -> Recipe:
 
 def check_same_data(folder: RunFolder, data: PreparedData) -> None:
     """Raises RunError where the files are not those that the run began with: steps would repeat or miss pairs."""
-    saved = read_note(folder.path / "data.json")
-    if saved is None:  # checkpoints know the files too
+    saved = read_note(folder.path / "data.json") or {}
+    parts = {name: now for name, now in data.as_dict().items() if isinstance(now, dict)}
+    if any(_hashes(saved.get(name)) is None for name in parts):  # torn; checkpoints know the files too
         if folder.is_main:
             folder.write_json("data.json", data.as_dict())
         return
-    for name, now in data.as_dict().items():
-        if isinstance(now, dict) and _hashes(saved.get(name)) != _hashes(now):
+    for name, now in parts.items():
+        if _hashes(saved[name]) != _hashes(now):
             raise RunError(
                 f"data.{name}: the files have changed since {folder.path} began; put them back, or start anew"
             )

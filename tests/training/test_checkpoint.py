@@ -161,6 +161,40 @@ def test_a_state_that_qorpo_writes_is_read(finished):
     assert read_state(finished / "lora" / "checkpoints" / "step-2").step == 2
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the names of open files from /proc")
+def test_metrics_are_on_disk_before_a_checkpoint_counts_on_them(
+    finished, base, pairs_file, tmp_path, monkeypatch
+):
+    events = []
+    for name in ("fsync", "rename"):
+        call = getattr(os, name)
+
+        def noted(what, *rest, name=name, call=call):
+            path = os.readlink(f"/proc/self/fd/{what}") if name == "fsync" else os.fspath(what)
+            events.append(f"{name} {Path(path).name}")
+            return call(what, *rest)
+
+        monkeypatch.setattr(os, name, noted)
+    train(recipe_of("lora", base, pairs_file, tmp_path / "run", train__max_steps=2, data__eval=None))
+    named = events.index("rename .step-2.qorpo-unfinished")
+    for earlier in ("recipe.yaml", "data.json", "environment.json"):
+        assert f"fsync .{earlier}.qorpo-unfinished" in events[:named]
+    assert events[:named].count("fsync metrics.jsonl") == 1
+    assert {"fsync run", "fsync step-2", "fsync .step-2.qorpo-unfinished"} & set(events[:named])
+
+
+@pytest.mark.parametrize("content", [b"", b'{"train": ', b"\xff\xfe", b"[]", b'{"train": 1}'], ids=range(5))
+def test_torn_data_json_is_made_again_where_the_checkpoint_knows_the_files(stopped, caplog, content):
+    folder, recipe = stopped
+    shutil.rmtree(folder / "checkpoints" / "step-4")
+    good = json.loads((folder / "data.json").read_text())
+    (folder / "data.json").write_bytes(content)
+    (folder / "environment.json").write_bytes(content)
+    train(recipe, resume=True)
+    assert ("data.json: can't be read" in caplog.text) is (content != b'{"train": 1}')
+    assert json.loads((folder / "data.json").read_text()) == good
+
+
 # --- what a checkpoint belongs to ---
 
 

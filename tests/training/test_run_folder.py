@@ -242,3 +242,27 @@ def test_json_is_written_whole_or_not_at_all(folder):
     folder.write_json("data.json", {"kept": 3, "name": "gut – 好"})
     assert json.loads((folder.path / "data.json").read_text()) == {"kept": 3, "name": "gut – 好"}
     assert os.listdir(folder.path) == ["data.json"]
+
+
+# --- torn notes ---
+
+
+@pytest.mark.parametrize(
+    "torn", ['{"step": 2, "lo', "\x00\x01", "[3]", "null", '{"step": "2"}', '{"step": 1, "loss": "x"}']
+)
+def test_torn_lines_of_metrics_are_left_out_and_said(folder, caplog, torn):
+    begun(folder)
+    folder.metrics.write_bytes(
+        b'{"step": 1, "loss": 0.5}\n' + torn.encode() + b'\xff\n{"step": 2}\n{"step": 3}\n{"ste'
+    )
+    folder.cut_metrics(2)
+    assert folder.read_metrics() == [{"step": 1, "loss": 0.5}, {"step": 2}]
+    assert "1 lines can't be read, and are left out" in caplog.text
+
+
+def test_a_last_line_that_a_kill_left_is_dropped_without_a_word(folder, caplog):
+    begun(folder)
+    folder.metrics.write_text('{"step": 1}\n{"step": 2, "lo')
+    folder.cut_metrics(1)
+    assert folder.read_metrics() == [{"step": 1}]
+    assert not caplog.text
