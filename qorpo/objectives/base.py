@@ -81,7 +81,7 @@ class ObjectiveOutput(NamedTuple):
 
 
 class Headline(NamedTuple):
-    """The metric that says how good a model is: for the progress line and for the best checkpoint."""
+    """The metric that says how good a model is: it chooses the best checkpoint, and the run's end speaks of it."""
 
     metric: str = "loss"
     lower_is_better: bool = True
