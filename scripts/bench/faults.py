@@ -132,7 +132,7 @@ def results(lab: Lab, options: argparse.Namespace) -> Iterator[tuple[dict[str, o
         return options.commands is None or name in options.commands
 
     for case in filter(lambda case: is_asked_for(case.name), CASES):
-        settings = {"case": case.name, "command": " ".join(["qorpo", *case.argv]), "every": options.every}
+        settings = {"name": case.name, "command": " ".join(["qorpo", *case.argv]), "every": options.every}
         if "kills" in options.what:
             yield {"what": "kills", **settings}, kills(lab, case, options.every, options.first)
         for mode in options.modes if "writes" in options.what else ():
@@ -140,7 +140,11 @@ def results(lab: Lab, options: argparse.Namespace) -> Iterator[tuple[dict[str, o
             yield {"what": "writes", **settings, "mode": mode}, figures
     for flip in filter(lambda flip: is_asked_for(flip.name), FLIPS):
         if "flips" in options.what:
-            settings = {"of": flip.name, "next": " ".join(flip.case.argv), "seed": options.seed}
+            settings = {
+                "name": flip.name,
+                "command": " ".join(["qorpo", *flip.case.argv]),
+                "seed": options.seed,
+            }
             yield {"what": "flips", **settings}, flips(lab, flip, options.every, options.seed)
 
 
