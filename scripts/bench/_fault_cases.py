@@ -31,6 +31,16 @@ class Case:
             return [resumed, lab.run(self.argv)]
         return [resumed]
 
+    def lost(self, lab: Lab) -> list[str]:
+        """Finished results of before that a kill left neither in their place nor aside, where the next start looks."""
+        problems = []
+        for name in ("adapter", "model"):
+            before = lab.templates / (self.template or "") / "run" / name
+            places = [lab.trial / "run" / name, lab.trial / "run" / f".{name}.qorpo-replaced"]
+            if before.is_dir() and _contents(before) not in map(_contents, places):
+                problems.append(f"the finished {name} is gone")
+        return problems
+
     def survives(self, lab: Lab) -> Callable[[Ran], list[str]]:
         """Looks at what a kill left; returns a check that the next command made use of it."""
         steps = [int(path.name[5:]) for path in lab.trial.glob("run/checkpoints/step-*")]

@@ -76,9 +76,9 @@ def kills(lab: Lab, case: Case, every: int, first: int) -> dict[str, object]:
         if killed.code != -9:  # it made fewer calls this time
             tally.add(f"call {at}", "not reached", reference.differences(lab), killed)
             continue
-        expected = case.survives(lab)
+        lost, expected = case.lost(lab), case.survives(lab)
         again = case.go_on(lab)
-        problems = [*expected(again[-1]), *case.ended_well(again), *reference.differences(lab)]
+        problems = [*lost, *expected(again[-1]), *case.ended_well(again), *reference.differences(lab)]
         tally.add(f"call {at} ({killed.last})", f"then exit {again[-1].code}", problems, *again)
     return {**tally.figures(), "calls": len(reference.calls), **reference.notes()}
 
