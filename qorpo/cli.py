@@ -88,7 +88,8 @@ def train(
         resume = resume or (was_restarted and Path(settings.output, "recipe.yaml").expanduser().exists())
         result = run(settings, resume=resume, progress=ConsoleProgress(console))
     except Interrupted as stopped:
-        say(f"qorpo: {stopped}", err=True)
+        if not int(os.environ.get("RANK", "0")):
+            say(f"qorpo: {stopped}", err=True)
         raise typer.Exit(128 + stopped.signal) from None
     except KeyboardInterrupt:  # typer would end without a word
         say(f"qorpo: stopped; {RunFolder(settings.output).way_on()}", err=True)
