@@ -3,29 +3,30 @@
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qorpo.data.groups import Group, TokenizedData
 from qorpo.data.locate import Source, Sources
 from qorpo.data.prepare import PreparedData, prepare_pairs
-from qorpo.data.records import PreferencePair
+from qorpo.data.records import Example
 from qorpo.data.shapes import Layout
 from qorpo.data.sources import load_pairs
 from qorpo.data.tokenize import ChatFormat, Limits, tokenize_pairs
-from qorpo.errors import RecipeError
+from qorpo.errors import DataError, RecipeError
 from qorpo.model.load import load_tokenizer, read_chat_template
 from qorpo.objectives.asft import Asft
 from qorpo.objectives.base import Objective
 from qorpo.objectives.cpo import Cpo
 from qorpo.objectives.orpo import Orpo
 from qorpo.objectives.probability_ratio import ProbabilityRatio
+from qorpo.objectives.sft import Sft
 from qorpo.objectives.simpo import Simpo
 from qorpo.recipe import DataRecipe, ObjectiveRecipe, Recipe, SourceRecipe
 
 logger = logging.getLogger(__name__)
 
 OBJECTIVES: dict[str, Callable[..., Objective]] = {
-    each.name: each for each in (Orpo, ProbabilityRatio, Cpo, Simpo, Asft)
+    each.name: each for each in (Orpo, Sft, ProbabilityRatio, Cpo, Simpo, Asft)
 }
 
 
@@ -61,6 +62,8 @@ def load_data(recipe: Recipe, chat_format: ChatFormat) -> PreparedData:
         layout=Layout(shape=keys.shape, columns=keys.columns, ranked_pairs=keys.ranked_pairs),
         min_margin=keys.min_margin,
         on_bad_record=keys.on_bad_record,
+        train_turns=turns_of(recipe),
+        num_responses=build_objective(recipe.objective).responses,
         seed=recipe.train.seed,
     )
     if data.whole is not None:
@@ -78,22 +81,38 @@ def load_data(recipe: Recipe, chat_format: ChatFormat) -> PreparedData:
 
 
 def tokenized(
-    pairs: Sequence[PreferencePair] | TokenizedData | Sources, chat_format: ChatFormat, keys: DataRecipe
+    data: Sequence[Example] | TokenizedData | Sources, chat_format: ChatFormat, recipe: Recipe
 ) -> Sequence[Group]:
-    """Pairs as tokens, whichever of these they come as; what load_pairs takes is read as the recipe's `data` says."""
-    if isinstance(pairs, TokenizedData):
-        return pairs.groups
-    ready: Any = pairs
-    if not isinstance(pairs, Sequence) or not all(isinstance(pair, PreferencePair) for pair in pairs):
-        ready = load_pairs(
-            pairs,
-            shape=keys.shape,
-            columns=keys.columns,
-            ranked_pairs=keys.ranked_pairs,
-            min_margin=keys.min_margin,
-            on_bad_record=keys.on_bad_record,
+    """Groups, whichever of these they come as; what load_pairs takes is read as the recipe's `data` says.
+
+    Raises DataError where they have fewer responses than the objective compares.
+    """
+    keys, wanted = recipe.data, build_objective(recipe.objective).responses
+    if not isinstance(data, TokenizedData):
+        ready: Any = data
+        if not isinstance(data, Sequence) or not all(isinstance(each, Example) for each in data):
+            ready = load_pairs(
+                data,
+                shape=keys.shape,
+                columns=keys.columns,
+                ranked_pairs=keys.ranked_pairs,
+                min_margin=keys.min_margin,
+                on_bad_record=keys.on_bad_record,
+                train_turns=turns_of(recipe),
+            )
+        data = tokenize_pairs(ready, chat_format, limits_of(keys), wanted)
+    counts = {len(group.responses) for group in data.groups[:1]}
+    if any(count < wanted for count in counts):
+        raise DataError(
+            f"objective.name: {recipe.objective.name} compares {wanted} responses of a prompt, and the data has one; "
+            "give pairs, or set it to sft"
         )
-    return tokenize_pairs(ready, chat_format, limits_of(keys)).groups
+    return data.groups if counts <= {wanted} else [group.first(wanted) for group in data.groups]
+
+
+def turns_of(recipe: Recipe) -> Literal["auto", "last", "all"] | None:
+    """Which answers of a conversation are learned, where the objective learns from one answer; else None."""
+    return (recipe.data.train_turns or "auto") if build_objective(recipe.objective).responses == 1 else None
 
 
 def _sources(given: Sequence[str | SourceRecipe]) -> list[str | Source]:

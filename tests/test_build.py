@@ -15,9 +15,11 @@ from qorpo.recipe import OBJECTIVES as RECIPES
 from qorpo.recipe import load_recipe
 
 
-def keys(**changes):
+def recipe_of(objective="orpo", **changes):
     data = {"train": "demo", "max_length": 64, "max_prompt_length": 32, **changes}
-    return load_recipe({"model": {"path": "demo"}, "data": data, "output": "unused"}).data
+    return load_recipe(
+        {"model": {"path": "demo"}, "data": data, "objective": {"name": objective}, "output": "unused"}
+    )
 
 
 def test_pairs_become_tokens_whichever_way_they_come(pairs_file):
@@ -28,19 +30,29 @@ def test_pairs_become_tokens_whichever_way_they_come(pairs_file):
         load_pairs(records), list(load_pairs(records)), expected,
     ]  # fmt: skip
     for pairs in ways:
-        found = tokenized(pairs, chat, keys())
+        found = tokenized(pairs, chat, recipe_of())
         assert [p.responses[0] for p in found] == [p.responses[0] for p in expected.groups]
 
 
 def test_records_are_read_as_the_recipe_says():
     chat = ChatFormat(make_tokenizer())
     records = [{"ask": "Q?", "chosen": "Yes, it is.", "rejected": "No."}, {"ask": "Q?"}]
-    found = tokenized(records, chat, keys(columns={"prompt": "ask"}, on_bad_record="skip"))
+    found = tokenized(records, chat, recipe_of(columns={"prompt": "ask"}, on_bad_record="skip"))
     assert len(found) == 1
     with pytest.raises(DataError, match=r"records\[1\]"):
-        tokenized(records, chat, keys(columns={"prompt": "ask"}))
+        tokenized(records, chat, recipe_of(columns={"prompt": "ask"}))
     with pytest.raises(DataError, match="no source of pairs"):
-        tokenized(7, chat, keys())
+        tokenized(7, chat, recipe_of())
+
+
+def test_groups_have_as_many_responses_as_the_objective_reads():
+    chat = ChatFormat(make_tokenizer())
+    pairs = tokenize_pairs(load_pairs(preference_records()), chat, Limits(64, 32))
+    alone = tokenized(pairs, chat, recipe_of("sft"))
+    assert alone == tokenized(preference_records(), chat, recipe_of("sft"))
+    assert alone == [group.first(1) for group in pairs.groups]
+    with pytest.raises(DataError, match=r"orpo compares 2 responses of a prompt, and the data has one"):
+        tokenized(pairs._replace(groups=alone), chat, recipe_of())
 
 
 # --- the objective ---

@@ -4,7 +4,7 @@ import hashlib
 import re
 from collections.abc import Hashable, Iterable, Sequence
 
-from qorpo.data.records import Conversation, PreferencePair, Unusable
+from qorpo.data.records import Conversation, Demonstration, Example, PreferencePair, Unusable
 from qorpo.data.shapes import Comparison, turn_key
 from qorpo.errors import DataError
 
@@ -55,10 +55,24 @@ def make_pair(
     return PreferencePair(tuple(prompt), answer["content"], other_answer["content"], source, margin)
 
 
+def make_demonstration(turns: Conversation, source: str, every_turn: bool) -> Demonstration:
+    """What a conversation that ends in an answer shows; raises Unusable for the same reasons as make_pair."""
+    *prompt, answer = turns
+    if answer["role"] != "assistant":
+        raise Unusable("no_response")
+    if not prompt or not prompt[-1]["content"].strip():
+        raise Unusable("empty_prompt")
+    if prompt[-1]["role"] == "assistant":
+        raise Unusable("consecutive_assistant_turns")
+    if not answer["content"].strip():
+        raise Unusable("empty")
+    return Demonstration(tuple(prompt), answer["content"], source, every_turn)
+
+
 _ROLE_LABEL = re.compile(r"(?:^|\s)(?:Human|Assistant):")
 
 
-def notes(pair: PreferencePair, margin: float | None = None) -> list[str]:
+def notes(pair: Example, margin: float | None = None) -> list[str]:
     """Why a kept pair is worth a look.
 
     role_label_in_response  a turn of a transcript may have been missed
@@ -66,9 +80,9 @@ def notes(pair: PreferencePair, margin: float | None = None) -> list[str]:
     nul_character           U+0000: the remains of a broken file
     scores_disagree         the record's scores call the rejected answer better
     """
-    texts = [*(turn["content"] for turn in pair.prompt), pair.chosen, pair.rejected]
+    texts = [*(turn["content"] for turn in pair.prompt), *pair.answers]
     found = {
-        "role_label_in_response": any(_has_role_label(text) for text in texts[-2:]),
+        "role_label_in_response": any(_has_role_label(text) for text in pair.answers),
         "replacement_character": any("\ufffd" in text for text in texts),
         "nul_character": any("\0" in text for text in texts),
         "scores_disagree": margin is not None and margin < 0,
@@ -88,11 +102,12 @@ class Repeats:
         self._pairs: set[bytes] = set()
         self._sides: dict[bytes, set[str]] = {}
 
-    def notes(self, pair: PreferencePair) -> list[str]:
+    def notes(self, pair: Example) -> list[str]:
         """`duplicate`: the same prompt and answers came before. `contradiction`: for this prompt an answer was
         chosen here and rejected before, or the other way round."""
         prompt = digest(prompt_key(pair.prompt))
-        answers = {"chosen": pair.chosen.strip(), "rejected": pair.rejected.strip()}
+        texts = [answer.strip() for answer in pair.answers]
+        answers = dict(zip(("chosen", "rejected"), texts, strict=False))
         whole = digest((prompt, *answers.values()))
         is_duplicate = whole in self._pairs
         self._pairs.add(whole)

@@ -1,7 +1,7 @@
 """The unit of training as tokens: a prompt with n ≥ 1 responses. A preference pair is n = 2, chosen first."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from qorpo.data.records import DataReport
@@ -18,6 +18,9 @@ class Group:
     responses: tuple[tuple[int, ...], ...]
     source: str
     cut: tuple[bool, ...] = ()  # whether the prompt, and each response, was cut; empty: not known
+    unscored: tuple[
+        tuple[int, int], ...
+    ] = ()  # spans of the only response that are read, not learned: later questions
     margin: float | None = None  # how much better the first response is than the second, where the data says
 
     @classmethod
@@ -29,6 +32,18 @@ class Group:
     @property
     def lengths(self) -> GroupLengths:
         return len(self.prompt_ids), *map(len, self.responses)
+
+    @property
+    def learned_lengths(self) -> GroupLengths:
+        """`lengths` without the unscored spans."""
+        if not self.unscored:
+            return self.lengths
+        prompt, response = self.lengths
+        return prompt, response - sum(stop - start for start, stop in self.unscored)
+
+    def first(self, count: int) -> "Group":
+        """The same with its first `count` responses alone."""
+        return replace(self, responses=self.responses[:count], cut=self.cut[: 1 + count])
 
 
 class TokenizedData(NamedTuple):

@@ -27,18 +27,19 @@ class Lengths:
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """A set of tokenized pairs in numbers.
+    """A set of groups in numbers.
 
-    `row_tokens` are the tokens to compute with each prompt once, `separate_tokens` with it twice. `chosen_longer`,
-    `equally_long`: shares of the pairs, by tokens; a chosen side that is mostly longer teaches length.
+    `row_tokens` are the tokens to compute with each prompt once, `separate_tokens` with it before each response.
+    `chosen_longer`, `equally_long`: shares of the pairs, by tokens; a chosen side that is mostly longer teaches
+    length. None where a prompt has one response.
     """
 
     pairs: int
     lengths: dict[str, Lengths]
     row_tokens: int
     separate_tokens: int
-    chosen_longer: float
-    equally_long: float
+    chosen_longer: float | None
+    equally_long: float | None
 
     @property
     def saved_by_sharing(self) -> float:
@@ -48,20 +49,25 @@ class Statistics:
 
 def statistics(groups: ArrowGroups) -> Statistics:
     lengths = groups.lengths()
-    prompt, chosen, rejected = lengths.T
+    prompt, *responses = lengths.T
     # Powers of two, the same for all sides, so that they can be compared at a glance.
     first = int(np.log2(lengths.min()))
     edges = 2 ** np.arange(first, int(np.log2(lengths.max())) + 2)
     return Statistics(
         pairs=len(lengths),
         lengths={
-            name: _lengths(counts, edges) for name, counts in zip(part_names(2), lengths.T, strict=True)
+            name: _lengths(counts, edges)
+            for name, counts in zip(part_names(lengths.shape[1] - 1), lengths.T, strict=True)
         },
         row_tokens=int(lengths.sum()),
-        separate_tokens=int(lengths.sum() + prompt.sum()),
-        chosen_longer=round(float((chosen > rejected).mean()), 4),
-        equally_long=round(float((chosen == rejected).mean()), 4),
+        separate_tokens=int(lengths.sum() + (len(responses) - 1) * prompt.sum()),
+        chosen_longer=_share(responses[0] > responses[1]) if len(responses) == 2 else None,
+        equally_long=_share(responses[0] == responses[1]) if len(responses) == 2 else None,
     )
+
+
+def _share(flags: np.ndarray) -> float:
+    return round(float(flags.mean()), 4)
 
 
 def _lengths(counts: np.ndarray, edges: np.ndarray) -> Lengths:
@@ -115,6 +121,8 @@ def show_groups(
             name: list(spans(ids, learn_prompt or name != "prompt"))
             for name, ids in zip(names, (group.prompt_ids, *group.responses), strict=True)
         }
+        if group.unscored:
+            parts[names[1]] = [span for ids, learned in _turns(group) for span in spans(ids, learned)]
         return ShownGroup(
             group.source, parts, [name for name, cut in zip(names, group.cut, strict=False) if cut]
         )
@@ -122,6 +130,16 @@ def show_groups(
     count = min(count, len(groups))
     places = np.linspace(0, len(groups) - 1, count).astype(int).tolist() if count else []
     return [shown(groups[place]) for place in places]
+
+
+def _turns(group: Group) -> Iterator[tuple[Sequence[int], bool]]:
+    """A dialogue's answers, which are learned, and what is between them."""
+    (response,), end = group.responses, 0
+    for start, stop in group.unscored:
+        yield response[end:start], True
+        yield response[start:stop], False
+        end = stop
+    yield response[end:], True
 
 
 def as_dict(data: PreparedData, shown: Sequence[ShownGroup] = ()) -> dict[str, Any]:

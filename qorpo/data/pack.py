@@ -67,11 +67,17 @@ def pack_groups(groups: Sequence[Group], *, score_prompts: bool = False) -> Pack
             start, tokens = len(ids), len(response)
             ids += response
             positions += range(prompt_tokens, prompt_tokens + tokens)
-            predictors += [prompt_end - 1, *range(start, start + tokens - 1)]
-            targets += response
-            segments += [segment] * tokens
+            predicted_by = [prompt_end - 1, *range(start, start + tokens - 1)]
+            learned = response
+            if group.unscored:
+                places = [place for place in range(tokens) if not _is_within(place, group.unscored)]
+                predicted_by = [predicted_by[place] for place in places]
+                learned = tuple(response[place] for place in places)
+            predictors += predicted_by
+            targets += learned
+            segments += [segment] * len(learned)
             segment += 1
-        scored.append((prompt_scored, *map(len, group.responses)))
+        scored.append((prompt_scored, *group.learned_lengths[1:]))
     return PackedGroups(
         input_ids=torch.tensor([ids]),
         position_ids=torch.tensor([positions]),
@@ -81,6 +87,10 @@ def pack_groups(groups: Sequence[Group], *, score_prompts: bool = False) -> Pack
         lengths=tuple(group.lengths for group in groups),
         scored=tuple(scored),
     )
+
+
+def _is_within(place: int, spans: Sequence[tuple[int, int]]) -> bool:
+    return any(start <= place < stop for start, stop in spans)
 
 
 def split_by_budget(groups: Sequence[Group], budget_tokens: int) -> list[list[Group]]:

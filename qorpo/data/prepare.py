@@ -15,16 +15,16 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from qorpo.data.filters import digest, hold_out, prompt_key
 from qorpo.data.groups import TokenizedData
 from qorpo.data.locate import RecordFile, Sources, open_sources
-from qorpo.data.records import DataReport, PreferencePair
+from qorpo.data.records import DataReport, Demonstration, Example, PreferencePair, TrainTurns
 from qorpo.data.shapes import Layout
-from qorpo.data.sources import OnBadRecord, iter_pairs
+from qorpo.data.sources import OnBadRecord, iter_examples
 from qorpo.data.token_table import ArrowGroups, arrow_schema, read_table
 from qorpo.data.tokenize import ChatFormat, Limits, tokenize_batch, tokens_report
 from qorpo.errors import DamageError, DataError
@@ -65,6 +65,8 @@ def prepare_pairs(
     layout: Layout,
     min_margin: float = 0.0,
     on_bad_record: OnBadRecord = "fail",
+    train_turns: TrainTurns | Literal["auto"] | None = None,
+    num_responses: int = 2,
     seed: int = 0,
     cache: Path | None = None,
     num_processes: int | None = None,
@@ -73,6 +75,8 @@ def prepare_pairs(
 
     Args:
         train, eval: as load_pairs takes them; `eval` may also be a fraction of train, split off by prompt, or None.
+        train_turns: as load_pairs has it.
+        num_responses: how many responses of a group are kept, the first.
         cache: a folder; None: "qorpo" in the folder that datasets keeps its own in (HF_DATASETS_CACHE).
         num_processes: to tokenize with; None: one a core, where there is work enough.
 
@@ -89,6 +93,8 @@ def prepare_pairs(
         limits=limits,
         min_margin=min_margin,
         on_bad_record=on_bad_record,
+        train_turns=train_turns,
+        num_responses=num_responses,
     )
     cache = cache or Path(datasets.config.HF_DATASETS_CACHE) / "qorpo"
     folder = cache / work.name(chat_format)
@@ -119,6 +125,8 @@ class _Work:
     limits: Limits
     min_margin: float
     on_bad_record: OnBadRecord
+    train_turns: TrainTurns | Literal["auto"] | None
+    num_responses: int
 
     def name(self, chat_format: ChatFormat) -> str:
         """A hash of all that decides the tokens and the report."""
@@ -132,6 +140,7 @@ class _Work:
             "files": [contents(self.train), contents(self.eval)],
             "split": self.fraction and (self.fraction, self.seed),
             "keys": [asdict(self.limits), self.min_margin, self.on_bad_record],
+            "responses": [self.train_turns, self.num_responses],
             "tokenizer": backend.to_str() if backend else sorted(tokenizer.get_vocab().items()),
             "class": [type(tokenizer).__name__, str(tokenizer.special_tokens_map)],
             "template": [tokenizer.chat_template, chat_format.stop_token_id],
@@ -163,12 +172,18 @@ def _make(folder: Path, work: _Work, chat_format: ChatFormat, num_processes: int
 
 def _build(folder: Path, work: _Work, chat_format: ChatFormat, num_processes: int | None) -> None:
     """Fill the folder: tokens of both sets, which of their rows are kept, and the report, which is last."""
-    tokenize = _TokenizeBatch(chat_format, work.limits)
+    tokenize = _TokenizeBatch(chat_format, work.limits, work.num_responses)
     reports: dict[str, Any] = {"train": None, "eval": None, "whole": None, "leaked_prompts": 0}
 
     def read(name: str, files: Sequence[RecordFile]) -> tuple[DataReport, list[bytes]]:
         report = DataReport()
-        pairs = iter_pairs(files, report, min_margin=work.min_margin, on_bad_record=work.on_bad_record)
+        pairs = iter_examples(
+            files,
+            report,
+            min_margin=work.min_margin,
+            on_bad_record=work.on_bad_record,
+            train_turns=work.train_turns,
+        )
         return report, _write_texts(folder / f"{name}.texts", pairs)
 
     def side(name: str, tokens_name: str, report: DataReport, mine: np.ndarray) -> None:
@@ -205,13 +220,19 @@ def _build(folder: Path, work: _Work, chat_format: ChatFormat, num_processes: in
     write_json(folder / "report.json", reports)
 
 
-def _write_texts(path: Path, pairs: Iterable[PreferencePair]) -> list[bytes]:
-    """Write pairs as an Arrow stream; returns their prompts' digests."""
+def _write_texts(path: Path, examples: Iterable[Example]) -> list[bytes]:
+    """Write examples as an Arrow stream; returns their prompts' digests."""
     import pyarrow
 
     text = pyarrow.string()
     schema = pyarrow.schema(
-        {"prompt": text, "chosen": text, "rejected": text, "source": text, "margin": pyarrow.float64()}
+        {
+            "prompt": text,
+            "answers": pyarrow.list_(text),
+            "source": text,
+            "margin": pyarrow.float64(),
+            "every_turn": pyarrow.bool_(),
+        }
     )
     prompts: list[bytes] = []
     batch: list[dict[str, Any]] = []
@@ -221,15 +242,15 @@ def _write_texts(path: Path, pairs: Iterable[PreferencePair]) -> list[bytes]:
             writer.write(pyarrow.RecordBatch.from_pylist(batch, schema))
             batch.clear()
 
-        for pair in pairs:
-            prompts.append(digest(prompt_key(pair.prompt)))
+        for example in examples:
+            prompts.append(digest(prompt_key(example.prompt)))
             batch.append(
                 {
-                    "prompt": json.dumps(pair.prompt),
-                    "chosen": pair.chosen,
-                    "rejected": pair.rejected,
-                    "source": pair.source,
-                    "margin": pair.margin,
+                    "prompt": json.dumps(example.prompt),
+                    "answers": example.answers,
+                    "source": example.source,
+                    "margin": example.margin,
+                    "every_turn": isinstance(example, Demonstration) and example.every_turn,
                 }
             )
             if len(batch) == PAIRS_PER_BATCH:
@@ -264,23 +285,27 @@ def _tokenize(folder: Path, name: str, tokenize: "_TokenizeBatch", num_processes
 class _TokenizeBatch:
     """From a table of texts to one of tokens, or of the reason why a pair is unusable."""
 
-    def __init__(self, chat_format: ChatFormat, limits: Limits):
-        self.chat_format, self.limits = chat_format, limits
+    def __init__(self, chat_format: ChatFormat, limits: Limits, num_responses: int):
+        self.chat_format, self.limits, self.num_responses = chat_format, limits, num_responses
 
     def __call__(self, texts: Any) -> Any:
         import pyarrow
 
-        pairs = [
-            PreferencePair(tuple(json.loads(row["prompt"])), row["chosen"], row["rejected"], row["source"])
-            for row in texts.to_pylist()
-        ]
-        results = tokenize_batch(pairs, self.chat_format, self.limits)
+        examples = [_example(row) for row in texts.to_pylist()]
+        results = tokenize_batch(examples, self.chat_format, self.limits, self.num_responses)
         schema = arrow_schema()
         columns: dict[str, list[Any]] = {
             name: [getattr(result, name, None) for result in results] for name in schema.names
         }
-        columns["source"] = [pair.source for pair in pairs]
+        columns["source"] = [example.source for example in examples]
         return pyarrow.table(columns, schema)
+
+
+def _example(row: Mapping[str, Any]) -> Example:
+    prompt, answers = tuple(json.loads(row["prompt"])), row["answers"]
+    if len(answers) == 1:
+        return Demonstration(prompt, answers[0], row["source"], row["every_turn"])
+    return PreferencePair(prompt, answers[0], answers[1], row["source"], row["margin"])
 
 
 def _num_cores() -> int:

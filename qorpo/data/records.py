@@ -2,11 +2,13 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, TypedDict, overload
+from typing import Any, ClassVar, Literal, TypedDict, overload
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 EXAMPLES_PER_REASON = 3
+
+TrainTurns = Literal["last", "all"]
 
 
 class Message(TypedDict):
@@ -37,6 +39,24 @@ class PreferencePair:
     @property
     def answers(self) -> tuple[str, ...]:
         return self.chosen, self.rejected
+
+
+@dataclass(frozen=True, slots=True)
+class Demonstration:
+    """A prompt and the one answer to it that is learned; with `every_turn` the assistant's turns in the prompt too."""
+
+    prompt: Conversation
+    answer: str
+    source: str
+    every_turn: bool = False
+    margin: ClassVar[None] = None
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        return (self.answer,)
+
+
+Example = PreferencePair | Demonstration
 
 
 class BadRecord(ValueError):  # noqa: N818 (a finding, yielded as often as it is raised)
@@ -105,12 +125,12 @@ class DataReport:
         return cls(**{name: value for name, value in values.items() if name != "read"})
 
 
-class PairSet(Sequence[PreferencePair]):
+class PairSet(Sequence[Example]):
     """Preference pairs, list-like, with the `report` of the records they came from."""
 
     __slots__ = ("_pairs", "report")
 
-    def __init__(self, pairs: Iterable[PreferencePair], report: DataReport):
+    def __init__(self, pairs: Iterable[Example], report: DataReport):
         self._pairs = list(pairs)
         self.report = report
 
@@ -118,10 +138,10 @@ class PairSet(Sequence[PreferencePair]):
         return len(self._pairs)
 
     @overload
-    def __getitem__(self, index: int) -> PreferencePair: ...
+    def __getitem__(self, index: int) -> Example: ...
     @overload
-    def __getitem__(self, index: slice) -> list[PreferencePair]: ...
-    def __getitem__(self, index: int | slice) -> PreferencePair | list[PreferencePair]:
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
         return self._pairs[index]
 
     def __repr__(self) -> str:

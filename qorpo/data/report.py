@@ -25,6 +25,7 @@ BAR_WIDTH = 18
 REASONS = {
     "consecutive_assistant_turns": "the prompt ends in a turn of the assistant",
     "contradiction": "an answer chosen here and rejected elsewhere for the same prompt, or the other way round",
+    "earlier_turns_rewritten": "with more turns the chat template writes earlier answers anew; data.train_turns: last learns the last alone",
     "different_prompts": "chosen and rejected answer different prompts",
     "duplicate": "the same prompt and answers came before",
     "empty": "an answer is blank",
@@ -148,6 +149,9 @@ def _reasons(title: str, counts: Mapping[str, int], examples: Mapping[str, list[
 
 
 def _numbers(found: Statistics) -> Iterator[RenderableType]:
+    if found.chosen_longer is None or found.equally_long is None:
+        yield Text(f"{found.row_tokens:,} tokens")
+        return
     yield Text(
         f"{found.row_tokens:,} tokens with each prompt once; twice it would be {found.separate_tokens:,}: "
         f"{found.saved_by_sharing:.0%} saved"
@@ -181,8 +185,8 @@ def _histogram(found: Statistics) -> Table:
 
 def _pairs(shown: Sequence[ShownGroup]) -> Iterator[RenderableType]:
     yield Text.assemble(
-        ("prompt", COLOURS["prompt"]), "  ", ("chosen", COLOURS["chosen"]), "  ", ("rejected", COLOURS["rejected"]),
-        "  ", ("special token", "reverse"), "  ", ("bold: the loss is over it", "bold"), "  ⏎ a line break",
+        *((f"{name}  ", COLOURS[name]) for name in shown[0].parts),
+        ("special token", "reverse"), "  ", ("bold: the loss is over it", "bold"), "  ⏎ a line break",
     )  # fmt: skip
     for pair in shown:
         title = printable(pair.source) + (f" (cut: {', '.join(pair.cut)})" if pair.cut else "")

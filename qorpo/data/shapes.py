@@ -56,6 +56,8 @@ ALIASES = {
     "preference": ("preference",),
     "responses": ("responses", "outputs", "completions", "generations", "answers", "output"),
     "scores": ("scores", "ratings", "rating"),
+    "response": ("response", "output", "completion", "answer", "target"),
+    "conversation": ("messages", "conversations", "conversation"),
 }
 FIELDS = tuple(ALIASES)
 LISTS = ("responses", "scores")
@@ -77,7 +79,7 @@ def read_comparisons(record: object, layout: Layout | None = None) -> list[Compa
     for column in ("images", "videos", "audios"):
         if record.get(column):
             raise BadRecord("not_text", f"the record has {column}", "leave it out: qorpo trains on text")
-    fields = _fields(record, layout)
+    fields = fields_of(record, layout)
     shapes = [shape for shape in SHAPES if layout.shape in (None, shape.name)]
     for shape in shapes:
         if shape.fields <= fields.keys():
@@ -85,7 +87,7 @@ def read_comparisons(record: object, layout: Layout | None = None) -> list[Compa
     raise _unreadable(record, fields, shapes)
 
 
-def _fields(record: Mapping[str, Any], layout: Layout) -> Fields:
+def fields_of(record: Mapping[str, Any], layout: Layout) -> Fields:
     columns = {name: value for name, value in record.items() if not is_null(value)}
     fields: Fields = {}
     for name, aliases in ALIASES.items():
@@ -112,7 +114,7 @@ def _fields(record: Mapping[str, Any], layout: Layout) -> Fields:
 
 def _chosen_rejected(fields: Fields, layout: Layout) -> list[Comparison]:
     """chosen and rejected, each an answer, or a whole conversation: as messages, or as an HH-RLHF transcript."""
-    prompt = _prompt(fields, layout) if "prompt" in fields else None
+    prompt = prompt_of(fields, layout) if "prompt" in fields else None
 
     def conversation(side: str) -> Conversation:
         value = fields[side]
@@ -135,7 +137,7 @@ def _two_outputs(fields: Fields, layout: Layout) -> list[Comparison]:
 
     A list of preferences, or PandaLM's columns annotator1, annotator2, …, are several annotators' votes.
     """
-    prompt = _prompt(fields, layout)
+    prompt = prompt_of(fields, layout)
     first, second = (prompt + answer_of(name, fields[name], layout) for name in ("output_1", "output_2"))
     value = fields["preference"]
     verdicts = [_verdict(vote) for vote in (value if isinstance(value, list) else [value])]
@@ -168,7 +170,7 @@ def _ranking(
 ) -> list[Comparison]:
     if len(responses) < 2:
         raise Unusable("one_answer")
-    prompt = _prompt(fields, layout)
+    prompt = prompt_of(fields, layout)
     answers = [prompt + answer_of(f"responses[{n}]", text, layout) for n, text in enumerate(responses)]
     last = len(answers) - 1
     places = {
@@ -227,7 +229,7 @@ def majority(verdicts: list[float]) -> float:
 # --- parts of a record ---
 
 
-def _prompt(fields: Fields, layout: Layout) -> Conversation:
+def prompt_of(fields: Fields, layout: Layout) -> Conversation:
     """The prompt's turns, after the system's and the history's where they have columns of their own."""
     value = fields["prompt"]
     if not isinstance(value, str):
@@ -313,7 +315,7 @@ def _unreadable(record: dict[Any, Any], fields: Fields, shapes: Sequence[Shape])
         return BadRecord(
             "no_rejected",
             f"one answer and none to compare it with, as for supervised fine-tuning; found {found}",
-            "ORPO learns from pairs: give each prompt a chosen and a rejected answer",
+            "give each prompt a chosen and a rejected answer, or set objective.name: sft, which learns from one",
         )
     return BadRecord(
         "missing_column",

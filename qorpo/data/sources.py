@@ -7,9 +7,19 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from qorpo.data.conversations import Layout, RankedPairs
-from qorpo.data.filters import Repeats, digest, judge, notes, prompt_key
+from qorpo.data.demonstrations import read_demonstration
+from qorpo.data.filters import Repeats, digest, judge, make_demonstration, notes, prompt_key
 from qorpo.data.locate import RecordFile, Sources, open_sources
-from qorpo.data.records import BadRecord, DataReport, PairSet, PreferencePair, Unusable
+from qorpo.data.records import (
+    BadRecord,
+    Conversation,
+    DataReport,
+    Demonstration,
+    Example,
+    PairSet,
+    TrainTurns,
+    Unusable,
+)
 from qorpo.data.shapes import Comparison, majority, read_comparisons
 from qorpo.errors import DataError
 
@@ -26,6 +36,7 @@ def load_pairs(
     ranked_pairs: RankedPairs = "best-worst",
     min_margin: float = 0.0,
     on_bad_record: OnBadRecord = "fail",
+    train_turns: TrainTurns | Literal["auto"] | None = None,
 ) -> PairSet:
     """The preference pairs of a source, or of a list of them.
 
@@ -39,6 +50,8 @@ def load_pairs(
         ranked_pairs: which of several ranked answers make pairs: best-worst, adjacent or all.
         min_margin: least difference of scores, or of a preference between 1 and 2 (0 is a tie, 1 is sure).
         on_bad_record: fail, or skip and count a record that can't be read.
+        train_turns: where one answer is enough, as under sft: records of one are read too, as Demonstrations, and
+            this says which of the assistant's turns are learned: last, all, or (auto) all but in pairs; None: pairs.
 
     A record that makes no pair (`judge` says which) is dropped and counted. A record that can't be read raises
     DataError, after all of them have been read and with the first few named; with on_bad_record="skip" it is
@@ -49,35 +62,48 @@ def load_pairs(
     layout = Layout(shape=shape, columns=columns or {}, ranked_pairs=ranked_pairs)
     report = DataReport()
     files = open_sources(source, layout)
-    return PairSet(iter_pairs(files, report, min_margin=min_margin, on_bad_record=on_bad_record), report)
+    return PairSet(
+        iter_examples(
+            files, report, min_margin=min_margin, on_bad_record=on_bad_record, train_turns=train_turns
+        ),
+        report,
+    )
 
 
-def iter_pairs(
+def iter_examples(
     files: Sequence[RecordFile],
     report: DataReport,
     *,
     min_margin: float = 0.0,
     on_bad_record: OnBadRecord = "fail",
-) -> Iterator[PreferencePair]:
-    """The pairs of files, counting in `report` as they go; raises at the end as load_pairs does."""
+    train_turns: TrainTurns | Literal["auto"] | None = None,
+) -> Iterator[Example]:
+    """The pairs (or, with train_turns, demonstrations too) of files, counting in `report` as they go; raises at the end as load_pairs does."""
     problems = _Problems()
     repeats = Repeats()
     for file in files:
         kept_before = report.kept
-        for where, comparison in _comparisons(file, report, problems):
+        for where, found in _found_in(file, report, problems, train_turns is not None):
+            stated_margin = None
+            example: Example
             try:
-                pair = judge(comparison, where, min_margin)
+                if isinstance(found, Comparison):
+                    example = judge(found, where, min_margin)
+                    stated_margin = found.margin if found.basis == "stated" else None
+                else:
+                    example = make_demonstration(found, where, train_turns != "last")
             except Unusable as finding:
                 report.drop(finding.reason, where)
                 continue
-            is_stated = comparison.basis == "stated"
-            for reason in [*notes(pair, comparison.margin if is_stated else None), *repeats.notes(pair)]:
+            for reason in [*notes(example, stated_margin), *repeats.notes(example)]:
                 report.note(reason, where)
-            copies = _copies(pair, file.weight)
+            copies = _copies(example, file.weight)
+            if train_turns == "all" and isinstance(found, Comparison):
+                example = Demonstration(example.prompt, example.answers[0], where, every_turn=True)
             if not copies:
                 report.drop("left_out_by_weight", where)
             report.kept += copies
-            yield from itertools.repeat(pair, copies)
+            yield from itertools.repeat(example, copies)
         report.sources.append({"path": file.name, "sha256": file.sha256, "kept": report.kept - kept_before})
     if problems.first and on_bad_record == "fail":
         raise DataError(problems.text(files, report.read))
@@ -85,16 +111,17 @@ def iter_pairs(
         raise DataError(_nothing_text(files, report))
 
 
-def _comparisons(
-    file: RecordFile, report: DataReport, problems: "_Problems"
-) -> Iterator[tuple[str, Comparison]]:
-    """A file's comparisons; annotators' votes on the same two answers come as one, last."""
+def _found_in(
+    file: RecordFile, report: DataReport, problems: "_Problems", demonstrations: bool
+) -> Iterator[tuple[str, Comparison | Conversation]]:
+    """A file's comparisons, and demonstrations where asked for; annotators' votes on the same two answers come as one, last."""
     votes: dict[bytes, list[tuple[str, Comparison]]] = {}
     for where, record in file.read():
         try:
             if isinstance(record, BadRecord):
                 raise record
-            comparisons = read_comparisons(record, file.layout)
+            shown = read_demonstration(record, file.layout) if demonstrations else None
+            comparisons = read_comparisons(record, file.layout) if shown is None else []
         except (BadRecord, Unusable) as finding:
             report.drop(finding.reason, where)
             if isinstance(finding, BadRecord):
@@ -102,6 +129,8 @@ def _comparisons(
             continue
         if record.get("tools"):
             report.note("tools_left_out", where)
+        if shown is not None:
+            yield where, shown
         for comparison in comparisons:
             if comparison.basis == "vote":
                 prompt, answers = _parts(comparison)
@@ -125,11 +154,11 @@ def _parts(comparison: Comparison) -> tuple[Any, tuple[str, str]]:
     return prompt_key(prompt), (first["content"], second["content"])
 
 
-def _copies(pair: PreferencePair, weight: float) -> int:
+def _copies(example: Example, weight: float) -> int:
     if weight == 1:
         return 1
     whole, part = divmod(weight, 1)
-    drawn = int.from_bytes(digest((prompt_key(pair.prompt), pair.chosen, pair.rejected))[:8], "big") / 2**64
+    drawn = int.from_bytes(digest((prompt_key(example.prompt), *example.answers))[:8], "big") / 2**64
     return int(whole) + (drawn < part)
 
 

@@ -52,6 +52,7 @@ class ArrowGroups(Sequence[Group]):
             responses=tuple(map(_ids, batch["responses"][row])),
             source=batch["source"][row].as_py(),
             cut=tuple(batch["cut"][row].as_py()),
+            unscored=tuple(map(tuple, batch["unscored"][row].as_py())),
             margin=batch["margin"][row].as_py(),
         )
 
@@ -95,6 +96,7 @@ def arrow_schema() -> Any:
     return pa.schema(
         {
             "prompt_ids": ids, "responses": pa.list_(ids), "source": pa.string(), "cut": pa.list_(pa.bool_()),
+            "unscored": pa.list_(ids),
             "margin": pa.float64(), "reason": pa.string(),
         }
     )  # fmt: skip

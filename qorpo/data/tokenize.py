@@ -17,7 +17,7 @@ from jinja2 import TemplateError
 
 from qorpo.data.bounds import MOST_BYTES, SECONDS, stays_within_bounds
 from qorpo.data.groups import Group, TokenizedData, part_names
-from qorpo.data.records import Conversation, DataReport, Message, PairSet, PreferencePair, Unusable
+from qorpo.data.records import Conversation, DataReport, Demonstration, Example, Message, PairSet, Unusable
 from qorpo.errors import DataError
 
 # Used where neither the recipe nor the tokenizer has a template. BOS_TEMPLATE goes in front of it for a tokenizer
@@ -61,10 +61,14 @@ class Limits:
 
 
 class Texts(NamedTuple):
-    """A prompt and its responses as the template writes them; the responses without their stop token."""
+    """A prompt and its responses as the template writes them; the responses without their stop token.
+
+    In a dialogue every answer is learned: pieces are the answers, and between two of them what the template writes.
+    """
 
     prompt: str
-    responses: tuple[str, ...]
+    pieces: tuple[str, ...]
+    is_dialogue: bool = False
 
 
 class ChatFormat:
@@ -94,44 +98,65 @@ class ChatFormat:
         self.stop_token_id, stop = self._find_stop()
         # What stands between the answer and the stop is learned with the answer (Llama-2's template has a space).
         self._until_stop = self._after.partition(stop)[0] if stop in self._after else ""
+        self._stop = stop if stop in self._after else None
         added = tokenizer.added_tokens_decoder.values()
         special = {stop, *tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
         self._special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))))
         self._opens_with_special = self._special.search(before) is not None
         self._anchor, self._anchor_ids = self._find_anchor()
 
-    def texts(self, pair: PreferencePair) -> Texts:
-        """What the template writes for a pair; a response is what follows the prompt, up to the stop token.
+    def texts(self, example: Example) -> Texts:
+        """What the template writes for an example; a response is what follows the prompt, up to the stop token.
 
         Raises Unusable:
           template_refused   the template raises on this conversation (Gemma's on a system turn)
           template_mismatch  with its answer, the conversation does not begin with the prompt's text, or the answer
                              is not in it unchanged, but for surrounding whitespace
+          earlier_turns_rewritten  of a dialogue: with more turns, an earlier answer or its stop token is not written as
+                             the model wrote it
           special_token_in_response  the answer spells a special token which can't be told from the template's own
         """
         try:
-            prompt = self._render(pair.prompt, add_generation_prompt=True)
-            responses = tuple(self._response(pair.prompt, prompt, answer) for answer in pair.answers)
+            if isinstance(example, Demonstration) and example.every_turn:
+                return self._dialogue(example)
+            prompt = self._render(example.prompt, add_generation_prompt=True)
+            responses = tuple(self._response(example.prompt, prompt, answer) for answer in example.answers)
         except (TemplateError, MemoryError):
             raise Unusable("template_refused") from None
         return Texts(prompt, responses)
 
+    def _dialogue(self, shown: Demonstration) -> Texts:
+        turns: Conversation = (*shown.prompt, {"role": "assistant", "content": shown.answer})
+        written: str | None = ""
+        pieces: list[str] = []
+        for place in _answered(turns):
+            prompt = self._render(turns[:place], add_generation_prompt=True)
+            if written is None or not prompt.startswith(written):
+                raise Unusable("earlier_turns_rewritten")
+            response = self._response(turns[:place], prompt, turns[place]["content"])
+            pieces += [prompt[len(written) :], response]
+            written = None if self._stop is None else prompt + response + self._stop
+        return Texts(pieces[0], tuple(pieces[1:]), is_dialogue=True)
+
     def encode(self, texts: Sequence[Texts]) -> Iterator[list[list[int]]]:
-        """The ids of prompt and responses of each; the responses without their stop token.
+        """The ids of prompt and pieces of each; the responses without their stop token.
 
         The template is the authority on BOS: none is added. A special token that an answer spells out becomes plain
         text, for as a token it would end the answer. A prompt is encoded as transformers does at inference.
         """
         prompts = self._ids([text.prompt for text in texts])
-        responses = [response for text in texts for response in text.responses]
-        ids = self._continuations(responses)
+        pieces = [piece for text in texts for piece in text.pieces]
+        answered = [
+            not (text.is_dialogue and place % 2) for text in texts for place in range(len(text.pieces))
+        ]
+        ids = self._continuations(pieces)
         if not self._opens_with_special:
-            for index, response in enumerate(responses):
-                if self._special.search(response):
-                    (ids[index],) = self._continuations([response], split_special_tokens=True)
+            for index, (piece, is_answer) in enumerate(zip(pieces, answered, strict=True)):
+                if is_answer and self._special.search(piece):
+                    (ids[index],) = self._continuations([piece], split_special_tokens=True)
         rest = iter(ids)
         for prompt, text in zip(prompts, texts, strict=True):
-            yield [prompt, *itertools.islice(rest, len(text.responses))]
+            yield [prompt, *itertools.islice(rest, len(text.pieces))]
 
     def _render(self, messages: Conversation, add_generation_prompt: bool = False) -> str:
         try:
@@ -255,7 +280,9 @@ class ChatFormat:
 _FIX = "fix it, or give another in model.chat_template"
 
 
-def tokenize_pairs(pairs: Sequence[PreferencePair], chat_format: ChatFormat, limits: Limits) -> TokenizedData:
+def tokenize_pairs(
+    pairs: Sequence[Example], chat_format: ChatFormat, limits: Limits, num_responses: int = 2
+) -> TokenizedData:
     """The pairs as groups, in memory, and a PairSet's report carried on (in a copy), or a new one for other sequences.
 
     Dropped is what tokenize_batch finds unusable. Raises DataError if no pair is left.
@@ -264,7 +291,9 @@ def tokenize_pairs(pairs: Sequence[PreferencePair], chat_format: ChatFormat, lim
     kept: list[Group] = []
     for start in range(0, len(pairs), PAIRS_PER_BATCH):
         batch = pairs[start : start + PAIRS_PER_BATCH]
-        for pair, result in zip(batch, tokenize_batch(batch, chat_format, limits), strict=True):
+        for pair, result in zip(
+            batch, tokenize_batch(batch, chat_format, limits, num_responses), strict=True
+        ):
             if isinstance(result, Unusable):
                 report.drop(result.reason, pair.source)
             else:
@@ -293,7 +322,7 @@ def tokens_report(
 
 
 def tokenize_batch(
-    pairs: Sequence[PreferencePair], chat_format: ChatFormat, limits: Limits
+    pairs: Sequence[Example], chat_format: ChatFormat, limits: Limits, num_responses: int = 2
 ) -> list[Group | Unusable]:
     """Each pair as a group, or why it is unusable: what ChatFormat.texts refuses, and
 
@@ -301,6 +330,8 @@ def tokenize_batch(
     empty           an answer without a token
     same, same_after_cut                answers of equal tokens
     special_token_in_response           an answer with the stop token inside
+
+    Of a pair's responses the first `num_responses` are kept; the other decides whether the pair is usable.
     """
     written: list[Texts | Unusable] = []
     for pair in pairs:
@@ -313,16 +344,21 @@ def tokenize_batch(
     for pair, texts in zip(pairs, written, strict=True):
         try:
             results.append(
-                texts if isinstance(texts, Unusable) else _fit(pair, next(encoded), chat_format, limits)
+                texts
+                if isinstance(texts, Unusable)
+                else _fit(pair, texts, next(encoded), chat_format, limits).first(num_responses)
             )
         except Unusable as refusal:
             results.append(refusal)
     return results
 
 
-def _fit(pair: PreferencePair, ids: Sequence[list[int]], chat_format: ChatFormat, limits: Limits) -> Group:
+def _fit(
+    example: Example, texts: Texts, ids: Sequence[list[int]], chat_format: ChatFormat, limits: Limits
+) -> Group:
     """The group cut to its limits; raises Unusable."""
-    prompt, *answers = ids
+    prompt, *pieces = ids
+    answers = pieces[::2] if texts.is_dialogue else pieces
     stop = chat_format.stop_token_id
     prompt_cut = len(prompt) > limits.max_prompt_length
     if prompt_cut:
@@ -337,13 +373,42 @@ def _fit(pair: PreferencePair, ids: Sequence[list[int]], chat_format: ChatFormat
     if any(stop in answer for answer in answers):
         raise Unusable("special_token_in_response")
     room = limits.max_length - len(prompt)
-    were_cut = [len(answer) + 1 > room for answer in answers]
+    whole, unscored = (
+        _joined(pieces, stop) if texts.is_dialogue else ([[*each, stop] for each in answers], [])
+    )
+    were_cut = [len(response) > room for response in whole]
     if limits.long_responses == "drop" and any(were_cut):
         raise Unusable("response_too_long")
-    responses = tuple(tuple([*answer, stop][:room]) for answer in answers)
+    while unscored and unscored[-1][1] >= room:  # nothing is learned after it
+        room = min(room, unscored.pop()[0])
+    responses = tuple(tuple(response[:room]) for response in whole)
     if len(set(responses)) < len(responses):
         raise Unusable("same_after_cut" if any(were_cut) else "same")
-    return Group(tuple(prompt), responses, pair.source, (prompt_cut, *were_cut), pair.margin)
+    return Group(
+        tuple(prompt), responses, example.source, (prompt_cut, *were_cut), tuple(unscored), example.margin
+    )
+
+
+def _joined(pieces: Sequence[list[int]], stop: int) -> tuple[list[list[int]], list[tuple[int, int]]]:
+    """A dialogue's answers, each with its stop, and what is between them as one response, and the spans between."""
+    response: list[int] = []
+    between: list[tuple[int, int]] = []
+    for place, piece in enumerate(pieces):
+        if place % 2:
+            between.append((len(response), len(response) + len(piece)))
+            response += piece
+        else:
+            response += [*piece, stop]
+    return [response], between
+
+
+def _answered(turns: Conversation) -> list[int]:
+    """The places of a dialogue's answers: of the assistant's turns that say something to a turn before them."""
+    return [
+        place
+        for place, (before, turn) in enumerate(itertools.pairwise(turns), start=1)
+        if turn["role"] == "assistant" != before["role"] and turn["content"].strip()
+    ]
 
 
 def _adds_bos(tokenizer: Any) -> bool:

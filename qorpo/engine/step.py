@@ -36,7 +36,7 @@ def run_step(
         microbatch_tokens: most tokens a row; a longer group has a row of its own.
         backward: called with each micro-batch's share of the step's loss; the shares add up to it. None: score only.
     """
-    totals = objective.totals([group.lengths for group in groups])
+    totals = objective.totals([group.learned_lengths for group in groups])
     sums: dict[str, torch.Tensor] = {}
     rows = ranks.micro_batches(groups, microbatch_tokens)
     # Nothing here waits for the device, so a row is packed and copied while it computes those before.
@@ -61,5 +61,8 @@ def _least(groups: Sequence[Group]) -> Group:
 
 def scores_of(token_logps_S: torch.Tensor, packed: PackedGroups) -> Scores:
     """Log-probs of a packed row's tokens, summed over each prompt and each response."""
-    lengths_PM = moved(torch.tensor(packed.lengths, dtype=torch.float64), token_logps_S.device)
+    learned = [
+        (prompt, *scored) for (prompt, *_), (_, *scored) in zip(packed.lengths, packed.scored, strict=True)
+    ]
+    lengths_PM = moved(torch.tensor(learned, dtype=torch.float64), token_logps_S.device)
     return Scores.of_tokens(token_logps_S, packed.segments, lengths_PM)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
-from qorpo.build import limits_of, load_data
+from qorpo.build import limits_of, load_data, turns_of
 from qorpo.data.groups import Group, row_tokens
 from qorpo.data.sources import load_pairs
 from qorpo.data.tokenize import ChatFormat, tokenize_pairs
@@ -112,11 +112,14 @@ def evaluation_pairs(
     chat = ChatFormat(load_tokenizer(tokenizer_folder, trust_remote_code=trust_remote_code))
     if source is not None:
         keys = recipe.data if recipe else DataRecipe(train=("none",))
-        return list(tokenize_pairs(load_pairs(source), chat, limits_of(keys)).groups)
+        turns = turns_of(recipe) if recipe else None
+        responses = 2 if turns is None else 1
+        found = load_pairs(source, train_turns=turns)
+        return list(tokenize_pairs(found, chat, limits_of(keys), responses).groups)
     if recipe is None or recipe.data.eval is None:
         return []
-    found = load_data(recipe, chat).eval
-    return list(found.groups) if found else []
+    held_out = load_data(recipe, chat).eval
+    return list(held_out.groups) if held_out else []
 
 
 def memory_needed(parameters: int, vocabulary: int, hidden: int, pairs: Sequence[Group]) -> int:

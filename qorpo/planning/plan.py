@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from qorpo.build import build_objective
 from qorpo.engine.device import unpaged
 from qorpo.errors import RecipeError
 from qorpo.model.load import load_config
@@ -58,7 +59,7 @@ def plan(
 ) -> Plan:
     """Count a recipe's training step on a CUDA card of `budget_gib`, on any machine; a config.json is enough.
 
-    Groups are taken to be the longest that data.max_length allows: next to no prompt, two answers.
+    Groups are taken to be the longest that data.max_length allows: next to no prompt, and as many answers as the objective reads.
 
     Args:
         recipe: a Recipe, a mapping of its keys, or a YAML file.
@@ -96,7 +97,7 @@ def plan_budgets(
     config = load_config(
         recipe.model.path, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code
     )
-    responses = 2
+    responses = build_objective(recipe.objective).responses
     longest = group_of(1 + responses * (recipe.data.max_length - 1), responses)
     counter = StepCounter(config, recipe, longest=longest, on_cuda=True, ranks=ranks)
     return [_plan(recipe, counter, budget_of(recipe) if gib is None else gib) for gib in budgets_gib]

@@ -46,6 +46,7 @@ from qorpo.recipe.values import (
     Targets,
     Text,
     Trackers,
+    TrainTurns,
     Tuning,
     expects,
     key,
@@ -99,7 +100,8 @@ EvalSources = Annotated[
 
 class DataRecipe(Keys):
     train: TrainSources = key(
-        ..., "Preference pairs to train on: a file, folder, hub id, demo, or a list of these."
+        ...,
+        "Pairs (for sft also rows of one answer) to train on: a file, folder, hub id, demo, or a list of these.",
     )
     eval: EvalSources = key(None, "Pairs to evaluate on: the same, or a fraction of train; null: none.")
     shape: Shape | None = key(None, "How records are laid out; null: told from their columns.")
@@ -114,6 +116,9 @@ class DataRecipe(Keys):
         "drop", "A pair with a prompt over max_prompt_length: drop it, or keep_end."
     )
     long_responses: LongResponses = key("cut", "An answer over max_length: cut it, or drop the pair.")
+    train_turns: TrainTurns | None = key(
+        None, "Answers of a conversation that sft learns: last or all; null: all, but of a pair the last."
+    )
     on_bad_record: OnBadRecord = key(
         "fail", "At a record that makes no sense: fail, or skip it and count it."
     )
@@ -198,6 +203,17 @@ class Recipe(Keys):
         if isinstance(raw["objective"], dict):
             raw["objective"] = {"name": DEFAULT, **raw["objective"]}
         return raw
+
+    @field_validator("objective")
+    @classmethod
+    def _learns_the_turns_asked_for(cls, objective: Any, info: ValidationInfo) -> Any:
+        data = info.data.get("data")
+        if data is not None and data.train_turns and objective.name != "sft":
+            text = f"{objective.name} learns the last answer, and data.train_turns is {data.train_turns}"
+            raise PydanticCustomError(
+                "section", "{text}; leave that out, or set the name to sft", {"text": text}
+            )
+        return objective
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as a YAML file holds it: plain values, `lambda` by that name."""

@@ -5,7 +5,7 @@ from typing import Any, Literal, get_args
 
 from qorpo.recipe.values import Keys, NllAverage, NllTokens, NotNegative, Positive, key, shown
 
-NAME = key(..., "The loss: orpo, probability_ratio, cpo, simpo or asft.")
+NAME = key(..., "The loss: orpo, sft, probability_ratio, cpo, simpo or asft.")
 WEIGHT = key(0.1, "λ, the weight of the objective's own term beside the NLL.", alias="lambda")
 NLL_TOKENS = key("response", "The NLL is over the response (the paper), or over all: the prompt too.")
 NLL_AVERAGE = key("sequence", "The NLL's mean: by sequence, then pair (the paper), or by token.")
@@ -15,6 +15,12 @@ BETA = "β, the scale of log-probabilities: probability_ratio 1.0, cpo 0.1, simp
 class OrpoRecipe(Keys):
     name: Literal["orpo"] = NAME
     weight: NotNegative = WEIGHT
+    nll_tokens: NllTokens = NLL_TOKENS
+    nll_average: NllAverage = NLL_AVERAGE
+
+
+class SftRecipe(Keys):
+    name: Literal["sft"] = NAME
     nll_tokens: NllTokens = NLL_TOKENS
     nll_average: NllAverage = NLL_AVERAGE
 
@@ -49,7 +55,7 @@ class AsftRecipe(Keys):
 
 
 # What a recipe may name, told apart by `name`: the one list of objectives that training can run.
-ObjectiveRecipe = OrpoRecipe | ProbabilityRatioRecipe | CpoRecipe | SimpoRecipe | AsftRecipe
+ObjectiveRecipe = OrpoRecipe | SftRecipe | ProbabilityRatioRecipe | CpoRecipe | SimpoRecipe | AsftRecipe
 
 OBJECTIVES: dict[str, type[Keys]] = {
     get_args(each.model_fields["name"].annotation)[0]: each for each in get_args(ObjectiveRecipe)

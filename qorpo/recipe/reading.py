@@ -159,7 +159,7 @@ def _explain(error: ErrorDetails) -> str:
             what = str(FIELDS[path].description).rstrip(".")
             return f"{path}: missing; give {what[0].lower()}{what[1:]}"
         case "section":
-            return f"{path.rpartition('.')[0]}: {error['msg']}"
+            return f"{path.rpartition('.')[0] or path}: {error['msg']}"
         case "literal_error":
             expected = error["ctx"]["expected"].replace("'", "")
         case "model_type" | "model_attributes_type":

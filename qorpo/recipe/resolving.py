@@ -32,7 +32,7 @@ def resolve(
     meaning = {
         "model.quantization": "none" if full else "nf4",
         "memory.sharding": "full" if full else "none",
-        "train.learning_rate": 8e-6 if full else 1e-4,
+        "train.learning_rate": (1e-5 if recipe.objective.name == "sft" else 8e-6) if full else 1e-4,
         "train.optimizer": "adamw_torch_fused" if is_sharded or not can_page else "paged_adamw_8bit",
         "train.report_to": ["tensorboard"] if installed("tensorboard") else [],
     }

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qorpo.build import build_objective, tokenized
 from qorpo.data.groups import Group, GroupLengths, TokenizedData
 from qorpo.data.locate import Sources
-from qorpo.data.records import PreferencePair
+from qorpo.data.records import Example
 from qorpo.data.token_table import longest_group
 from qorpo.data.tokenize import ChatFormat
 from qorpo.engine.device import resolve_on
@@ -51,7 +51,7 @@ logger = logging.getLogger(__name__)
 
 
 class Trainer:
-    """An objective on preference pairs, one step after another.
+    """An objective on pairs or demonstrations, one step after another.
 
     Args:
         model: a causal language model of transformers, quantized or not. LoRA is attached as the recipe says, unless
@@ -71,8 +71,8 @@ class Trainer:
         model: PreTrainedModel | PeftModel,
         tokenizer: PreTrainedTokenizerBase,
         recipe: Recipe,
-        train_pairs: Sequence[PreferencePair] | TokenizedData | Sources,
-        eval_pairs: Sequence[PreferencePair] | TokenizedData | Sources | None = None,
+        train_pairs: Sequence[Example] | TokenizedData | Sources,
+        eval_pairs: Sequence[Example] | TokenizedData | Sources | None = None,
         *,
         progress: Progress | None = None,
     ):
@@ -83,8 +83,8 @@ class Trainer:
         self.progress = progress or Progress()
 
         self.chat = ChatFormat(tokenizer, read_chat_template(recipe.model.chat_template))
-        self.train_pairs = tokenized(train_pairs, self.chat, recipe.data)
-        self.eval_pairs = [] if eval_pairs is None else list(tokenized(eval_pairs, self.chat, recipe.data))
+        self.train_pairs = tokenized(train_pairs, self.chat, recipe)
+        self.eval_pairs = [] if eval_pairs is None else list(tokenized(eval_pairs, self.chat, recipe))
         for pairs in (self.train_pairs, self.eval_pairs):
             check_vocabulary(model, tokenizer, pairs)
             check_positions(model, pairs)

@@ -28,7 +28,7 @@ SHORT_RUN = {
 
 @dataclass(frozen=True)
 class Row:
-    """Preference data, what the recipe says of it, and what is to become of its records.
+    """Data, what the recipe says of it, and what is to become of its records.
 
     `dropped`, `noted` and `cut` are all the counts of data.json, over its parts.
     """
@@ -37,6 +37,7 @@ class Row:
     train: Any
     eval: Any = 0.2
     data: dict[str, Any] = field(default_factory=dict)
+    objective: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=lambda: {"path": "demo"})
     changes: dict[str, Any] = field(default_factory=dict)  # to SHORT_RUN
     full_learning_rate: float = SHORT_RUN["learning_rate"]
@@ -52,6 +53,7 @@ class Row:
             "data": {
                 "train": self.train, "eval": self.eval, "max_length": 128, "max_prompt_length": 64, **self.data
             },
+            "objective": self.objective,
             "lora": {"rank": 4, "alpha": 8},
             "train": SHORT_RUN | self.changes,
             "output": str(folder / "run"),

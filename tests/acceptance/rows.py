@@ -1,5 +1,6 @@
 """What the whole of qorpo is run on. A capability counts once it has a row here; see .github/CONTRIBUTING.md."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -89,6 +90,22 @@ COMMITTED = [
         },
         leaked=2,
     ),
+    Row(
+        "rows of one answer, dialogues and pairs",
+        FILES / "dialogues.jsonl",
+        objective={"name": "sft"},
+        data={"on_bad_record": "skip"},
+        dropped={
+            "no_response": 1,
+            "empty_prompt": 1,
+            "empty": 1,
+            "consecutive_assistant_turns": 1,
+            "same": 1,
+            "prompt_too_long": 1,
+            "missing_column": 1,
+        },
+        cut={"response": 1},
+    ),
 ]
 
 ALPACA_EVAL = SHARED / "data" / "alpaca_eval"
@@ -154,6 +171,13 @@ ON_SHARED = [
         noted={"role_label_in_response": 1, "duplicate": 3, "contradiction": 18},
         cut={"chosen": 133, "rejected": 110},
     ),
+]
+
+ON_SHARED += [
+    replace(
+        shared_row(LLAMA_FACTORY / "identity.json", 0.2, cut={}),
+        objective={"name": "sft"},
+    )
 ]
 
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no data in {SHARED}")

@@ -20,6 +20,7 @@ from qorpo.objectives.base import Totals
 from qorpo.objectives.cpo import Cpo
 from qorpo.objectives.orpo import Orpo
 from qorpo.objectives.probability_ratio import ProbabilityRatio
+from qorpo.objectives.sft import Sft
 from qorpo.objectives.simpo import Simpo
 
 CPU = torch.device("cpu")
@@ -219,6 +220,35 @@ def test_the_nll_of_a_step_by_hand(convention, microbatch_tokens):
     assert metrics["loss"].item() == pytest.approx(
         HAND_NLL[convention] + WEIGHT * metrics["odds_ratio_loss"].item(), rel=1e-15
     )
+
+
+@pytest.mark.parametrize("microbatch_tokens", [TINY, HUGE])
+def test_what_a_dialogue_does_not_learn_is_neither_scored_nor_counted(microbatch_tokens):
+    # The 30s are a later question: 4, 2 and 3 are learned of it, and 8 of the other.
+    groups = [
+        Group((60, 6), ((4, 30, 31, 2, 3),), "a:1", unscored=((1, 3),)),
+        Group((50,), ((8,),), "a:2"),
+    ]
+    for average, nll in (("sequence", ((4 + 2 + 3) / 3 + 8) / 2), ("token", (4 + 2 + 3 + 8) / 4)):
+        means = run_step(
+            _Lookup(), groups, Sft(nll_average=average), microbatch_tokens=microbatch_tokens, device=CPU
+        )
+        assert means["loss"].item() == means["nll"].item() == pytest.approx(nll, rel=1e-15)
+        assert means["chosen_logps"].item() == pytest.approx(-((4 + 2 + 3) / 3 + 8) / 2, rel=1e-15)
+
+
+def test_sft_learns_what_orpo_without_its_odds_does_and_computes_no_rejected_token(model):
+    pairs = make_pairs()
+    lookup = _Lookup()
+    run_step(lookup, [pair.first(1) for pair in pairs], Sft(), microbatch_tokens=HUGE, device=CPU)
+    assert lookup.rows[0].input_ids.numel() == sum(sum(pair.lengths[:2]) for pair in pairs)
+    for nll_tokens, nll_average in CONVENTIONS:
+        keys = {"nll_tokens": nll_tokens, "nll_average": nll_average}
+        metrics, gradients = step_of(model, pairs, Orpo(weight=0.0, **keys), MEDIUM)
+        ours, own = step_of(model, [pair.first(1) for pair in pairs], Sft(**keys), MEDIUM)
+        for name in ("loss", "nll", "chosen_logps"):
+            torch.testing.assert_close(ours[name], metrics[name], rtol=0, atol=1e-10)
+        assert_same_step((own,), (gradients,))
 
 
 @pytest.mark.parametrize("convention", CONVENTIONS)

@@ -1,6 +1,7 @@
 """Packed rows score as each sequence alone, on every architecture that qorpo claims; or it says why not."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -81,6 +82,26 @@ def test_a_sequence_alone_is_a_prompt_with_one_of_its_responses(score_prompts):
         scored_from = 1 if is_first and score_prompts else prompt
         assert predictors.tolist() == list(range(scored_from - 1, ids_1T.shape[1] - 1))
         assert targets.tolist() == ids_1T[0, scored_from:].tolist()
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-window", "gemma3", "gpt2"])
+@pytest.mark.parametrize("mode", ["sdpa", "dense", "separate"])
+def test_each_answer_of_a_dialogue_scores_as_it_does_alone(name, mode, float64_throughout):
+    model = build(name)
+    (plain,) = pairs([(5, 14)])
+    (response,) = plain.responses
+    dialogue = replace(plain, unscored=((4, 7), (9, 12)))
+    packed = pack_groups([*pairs(LENGTHS), dialogue])
+    upstream_S = torch.randn(len(packed.targets), dtype=torch.float64)
+    together = logps_and_gradients(scored(Scorer(model, mode, chunk_tokens=7)), packed, model, upstream_S)
+    before, alone = len(packed.targets) - 8, []
+    for start, stop in ((0, 4), (7, 9), (12, 14)):
+        answered = Group((*plain.prompt_ids, *response[:start]), (response[start:stop],), "alone")
+        alone.append(own_logps(model, pack_groups([answered])))
+    torch.testing.assert_close(together[0][before:], torch.cat(alone), rtol=0, atol=1e-10)
+    own = logps_and_gradients(lambda row: own_logps(model, row), packed, model, upstream_S)
+    for ours, theirs in zip(together, own, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", SHARED)
