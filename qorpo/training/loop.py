@@ -227,9 +227,12 @@ class Trainer:
         with trackers, contextlib.closing(self.progress), ending_with_advice(self):
             self.progress.start(self.state.step, self.total_steps)
             with StopSignals() as signals:
-                if self.eval_pairs and self.state.step == 0 and not self.metrics.evaluations:
+                step = self.state.step
+                is_due = bool(self.eval_pairs) and self._due(self.recipe.train.eval_every, step)
+                if is_due and step not in self.metrics.evaluations:
+                    # The start takes part in what is best; after a resume, so does a step that ended before it was scored.
                     self._evaluate_and_write()
-                    self.checkpoints.write(self.state)  # the start takes part in what is best
+                    self.checkpoints.write(self.state)
                 while self.state.step < self.total_steps:
                     self._step()
                     self.progress.step(self.state.step)

@@ -1,10 +1,13 @@
 """Memory runs out in a run: each kind of error at each place is a step done again, or an end with advice and a checkpoint."""
 
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
-from helpers.shortages import CUDA
+from helpers.shortages import CUDA, SHORTAGES
 from helpers.tiny import read_metrics
 
 from qorpo.engine.distributed import Ranks
@@ -74,3 +77,162 @@ def test_a_rank_of_several_leaves_its_adapter_as_a_whole_checkpoint(make_trainer
     again.metrics.folder = again.checkpoints.folder = again.folder = RunFolder(trainer.folder.path)
     again.train(resume=True)
     assert [row["step"] for row in read_metrics(trainer.folder.path) if "loss" in row] == [4]
+
+
+# --- each kind of error at each place ---
+
+STEPS = 3
+SETTINGS = {
+    "train__max_steps": STEPS, "train__save_every": 2, "train__eval_every": 2, "train__log_every": 1,
+    "train__warmup_ratio": 0.0, "train__report_to": ["tensorboard"],
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Place:
+    """A call of a run, which runs out of memory at one of its times: before it does anything, or once all is done."""
+
+    owner: Callable[[Any], Any]  # of a Trainer
+    name: str
+    at: int = 1
+    when: Callable[[], bool] = lambda: True
+    is_done: bool = False
+
+    def break_it(self, monkeypatch, trainer, error) -> list[int]:
+        """Returns the number of calls so far, in a list."""
+        owner, seen = self.owner(trainer), [0]
+        inner = getattr(owner, self.name)
+
+        def broken(*args, **kwargs):
+            seen[0] += self.when()
+            fails = self.when() and seen[0] == self.at
+            result = None if fails and not self.is_done else inner(*args, **kwargs)
+            if fails:
+                raise error()
+            return result
+
+        monkeypatch.setattr(owner, self.name, broken)
+        return seen
+
+
+def scorer(trainer):
+    return trainer._unwrapped
+
+
+def accelerator(trainer):
+    return trainer.accelerator
+
+
+REDONE = {
+    "forward": Place(scorer, "forward", when=torch.is_grad_enabled),
+    "backward": Place(accelerator, "backward", is_done=True),
+    "clipping": Place(accelerator, "clip_grad_norm_", is_done=True),
+    "evaluation": Place(scorer, "forward", when=lambda: not torch.is_grad_enabled()),
+}
+ENDS = {
+    "the optimizer's step": Place(lambda trainer: trainer.optimizer, "step", at=3),
+    "the optimizer's step, half way": Place(lambda trainer: trainer.optimizer, "step", at=2, is_done=True),
+    "figures": Place(lambda trainer: trainer.metrics, "_read", at=2),
+    "metrics": Place(lambda trainer: trainer.folder, "append_metrics", at=3),
+    "a tracker": Place(accelerator, "log", at=3),
+    "the evaluation's figures": Place(lambda trainer: trainer.metrics, "write_evaluation", at=2),
+    "a checkpoint's adapter": Place(lambda trainer: trainer.model, "save_pretrained", at=2),
+    "a checkpoint's optimizer": Place(lambda trainer: trainer.checkpoints.optimizer, "state_dict", at=2),
+    "the adapter at the end": Place(lambda trainer: trainer, "save"),
+}
+
+
+def adapter_bytes(trainer):
+    return (trainer.folder.adapter / "adapter_model.safetensors").read_bytes()
+
+
+def resumed(make_trainer, broken):
+    again = make_trainer(**SETTINGS, memory__microbatch_tokens=600)
+    again.metrics.folder = again.checkpoints.folder = again.folder = RunFolder(broken.folder.path)
+    again.train(resume=True)
+    return again
+
+
+@pytest.fixture(scope="module")
+def undisturbed():
+    """Adapters and rows of runs that nothing disturbed, by the size of their micro-batches; made when asked for."""
+    made: dict[int, tuple[bytes, list[tuple[int, bool]]]] = {}
+
+    def run(make_trainer, microbatch_tokens):
+        if microbatch_tokens not in made:
+            trainer = make_trainer(**SETTINGS, memory__microbatch_tokens=microbatch_tokens)
+            trainer.train()
+            made[microbatch_tokens] = adapter_bytes(trainer), rows(trainer)
+        return made[microbatch_tokens]
+
+    return run
+
+
+def rows(trainer):
+    return [(row["step"], "loss" in row) for row in read_metrics(trainer.folder.path)]
+
+
+@pytest.mark.parametrize("place", REDONE)
+def test_what_can_be_done_again_is_in_smaller_micro_batches_and_is_the_same(
+    make_trainer, monkeypatch, undisturbed, place
+):
+    trainer = make_trainer(**SETTINGS, memory__microbatch_tokens=600)
+    seen = REDONE[place].break_it(monkeypatch, trainer, SHORTAGES["cuBLAS"])
+    trainer.train()
+    assert seen[0] > 1
+    took = trainer.recipe.memory.microbatch_tokens
+    assert took < 600
+    assert (adapter_bytes(trainer), rows(trainer)) == undisturbed(make_trainer, took)
+
+
+@pytest.mark.parametrize("place", ENDS)
+def test_what_can_not_ends_with_advice_and_goes_on_to_the_same_result(
+    make_trainer, monkeypatch, undisturbed, place
+):
+    trainer = make_trainer(**SETTINGS, memory__microbatch_tokens=600)
+    with monkeypatch.context() as patch:
+        ENDS[place].break_it(patch, trainer, SHORTAGES["host memory, by Python"])
+        with pytest.raises(RunError, match=r"out of memory .*the plan.*go on with --resume") as caught:
+            trainer.train()
+    assert ("half changed" in str(caught.value)) == (place in HALF_WAY)
+    again = resumed(make_trainer, trainer)
+    assert (adapter_bytes(again), rows(again)) == undisturbed(make_trainer, 600)
+
+
+HALF_WAY = ("the optimizer's step", "the optimizer's step, half way")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", [*REDONE, *ENDS])
+def test_no_kind_of_shortage_is_uncaught_at_any_place(make_trainer, monkeypatch, place):
+    for kind, error in SHORTAGES.items():
+        trainer = make_trainer(**SETTINGS, memory__microbatch_tokens=600)
+        with monkeypatch.context() as patch:
+            (REDONE | ENDS)[place].break_it(patch, trainer, error)
+            if place in REDONE:
+                trainer.train()
+                assert trainer.recipe.memory.microbatch_tokens < 600, kind
+            else:
+                with pytest.raises(RunError, match="out of memory"):
+                    trainer.train()
+
+
+@pytest.mark.parametrize("place", ["the adapter", "the optimizer's states"])
+def test_a_shortage_in_resuming_changes_nothing_and_blames_no_checkpoint(make_trainer, monkeypatch, place):
+    trainer = make_trainer(**SETTINGS)
+    with monkeypatch.context() as patch:
+        ENDS["the optimizer's step"].break_it(patch, trainer, SHORTAGES["cuBLAS"])
+        with pytest.raises(RunError):
+            trainer.train()
+    before = {path: path.stat().st_mtime_ns for path in trainer.folder.path.rglob("*")}
+    name = {"the adapter": "load_adapter", "the optimizer's states": "load_optimizer_state"}[place]
+    with monkeypatch.context() as patch:
+        patch.setattr(f"qorpo.training.checkpoint.{name}", fails)
+        with pytest.raises(RunError, match=r"out of memory .*; nothing of the run was changed"):
+            resumed(make_trainer, trainer)
+    assert {path: path.stat().st_mtime_ns for path in trainer.folder.path.rglob("*")} == before
+    resumed(make_trainer, trainer)
+
+
+def fails(*_):
+    raise SHORTAGES["torch's allocator"]()
