@@ -1,5 +1,8 @@
 """Running out of memory: the step is done again in smaller micro-batches, and is the same step."""
 
+import sys
+
+import psutil
 import pytest
 import torch
 from test_step import ARCHITECTURES, CPU, assert_same_step, gradients_of, make_pairs, model, objective_of
@@ -113,3 +116,28 @@ def test_other_errors_are_not_taken_for_it():
 
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         within_memory(attempt, make_pairs(), WHOLE)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no limit of a process's memory is kept elsewhere")
+@pytest.mark.parametrize("allocate", [lambda size: torch.empty(size, dtype=torch.uint8), bytearray])
+def test_a_real_shortage_of_the_hosts_memory_is_got_over(allocate):
+    import resource
+
+    pairs = make_pairs()
+    bytes_a_token = 3 * 2**30 // sum(map(row_tokens, pairs))
+    attempts = []
+
+    def attempt(tokens):
+        attempts.append(tokens)
+        longest = max(sum(map(row_tokens, row)) for row in split_by_budget(pairs, tokens))
+        return len(allocate(longest * bytes_a_token))  # not touched, so it is asked for alone
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + 2 * 2**30, hard))
+    try:
+        size, took = within_memory(attempt, pairs, WHOLE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    assert len(attempts) > 1
+    assert took < attempts[0]
+    assert size < 2 * 2**30
