@@ -310,15 +310,13 @@ class Lock:
             _unlock(descriptor)  # whoever had it let go of it meanwhile, and removed the file
         self._descriptor = self._held[self.path] = descriptor
         with contextlib.suppress(OSError):  # who has it is for a message alone
-            started = time.strftime("%Y-%m-%d %H:%M:%S")
-            self.path.write_text(
-                json.dumps({"process": os.getpid(), "host": socket.gethostname(), "since": started}) + "\n",
-                encoding="utf-8",
-            )
+            since = time.strftime("%Y-%m-%d %H:%M:%S")
+            held = {"process": os.getpid(), "host": socket.gethostname(), "since": since}
+            self.path.write_text(json.dumps(held) + "\n", encoding="utf-8")
 
     def release(self) -> None:
         """Let go of it; nothing is left of the lock, nor of a folder that was made for it alone."""
-        if self._descriptor is None:
+        if self._descriptor is None or self.path not in self._held:  # a forked child's
             return
         with contextlib.suppress(OSError):
             self.path.unlink(missing_ok=True)

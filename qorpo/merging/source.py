@@ -208,7 +208,7 @@ def find_base(
 
 def _check_unchanged(trained: Sequence[Trained], folder: Path, is_given: bool) -> None:
     """Holds the base to what each adapter was trained on; one that the person gives instead is only said to differ."""
-    now: dict[str, Any] = {"base": base_identity(folder)}
+    now = {"base": base_identity(folder) if any(each.belongs_to for each in trained) else None}
     for each in trained:
         chat_now = {}
         if each.recipe and each.belongs_to and not (each.adapter.folder / "tokenizer_config.json").is_file():

@@ -110,9 +110,12 @@ def test_a_forked_child_does_not_hold_it_on(tmp_path):
     lock.take()
     child = os.fork()
     if child == 0:
+        lock.release()  # not the child's
         time.sleep(60)
         os._exit(0)
     try:
+        time.sleep(0.2)
+        assert lock.path.exists()
         lock.release()
         script = "import sys; from qorpo.storage import *; Lock(Path(sys.argv[1])).take()"
         subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
