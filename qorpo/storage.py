@@ -83,12 +83,22 @@ def flush(path: Path) -> None:
 
 
 def make_folder(path: Path) -> list[Path]:
-    """Make a folder and those it stands in, on disk; returns the ones that were made, from the inmost."""
+    """Make a folder and those it stands in, on disk; returns the ones that were made, from the inmost.
+
+    Raises:
+        OSError: where it can't be made; no folder is left of it then.
+    """
     path = path.absolute()
     made = [each for each in (path, *path.parents) if not each.exists()]
-    path.mkdir(parents=True, exist_ok=True)
-    for each in made:
-        flush(each.parent)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        for each in made:
+            flush(each.parent)
+    except OSError:
+        for each in made:
+            with contextlib.suppress(OSError):
+                each.rmdir()
+        raise
     return made
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from qorpo import storage
 from qorpo.errors import RunError
 from qorpo.storage import Lock, sweep, whole_folder, write_json, write_text
 
@@ -176,3 +177,13 @@ def test_who_waits_gets_a_folder_once_it_is_free(tmp_path):
         assert process.wait() != 0
         (folder / "ours").touch()
     assert names(tmp_path / "model") == ["ours"]
+
+
+def test_a_folder_that_cannot_be_flushed_is_not_left(tmp_path, monkeypatch):
+    def fail(path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(storage, "flush", fail)
+    with pytest.raises(OSError, match="No space left"):
+        storage.make_folder(tmp_path / "a" / "b")
+    assert not list(tmp_path.iterdir())
