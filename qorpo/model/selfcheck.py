@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 FLOORS = {
     torch.float64: (1e-5, 1e-4),
     torch.float32: (1e-4, 1e-3),
-    torch.bfloat16: (0.02, 0.1),
-    torch.float16: (0.02, 0.1),
+    torch.bfloat16: (0.05, 0.1),
+    torch.float16: (0.05, 0.1),
 }
 NOISE = 4.0
 """So many times its own noise may a way of attending be off: the model's, in rows of another length."""
