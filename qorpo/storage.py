@@ -264,8 +264,10 @@ def failed_write(error: BaseException) -> FailedWrite | None:
         remedy = "make it writable"
     elif cause.errno in (errno.ENOENT, errno.ENOTDIR):
         remedy = "make its folder"
+    elif cause.errno == errno.EFBIG:
+        remedy = "raise the limit on a file's size (ulimit -f)"
     else:
-        remedy = "see to that"
+        remedy = "fix that"
     return FailedWrite(cause.strerror or str(cause), remedy)
 
 

@@ -123,7 +123,7 @@ def save(path: Path, data: PreparedData, shown: Sequence[ShownGroup] = ()) -> No
 
 
 def _unwritable(path: Path, error: OSError) -> DataError:
-    failed = failed_write(error) or FailedWrite(str(error), "see to that")
+    failed = failed_write(error) or FailedWrite(str(error), "fix that")
     return DataError(f"{path}: can't be written ({failed.reason}); {failed.remedy}, or give another --output")
 
 
