@@ -4,13 +4,15 @@ Legend: T tokens of the row, S scored tokens, P groups. Each response's position
 the prompt's last token predicts the first token of each. What may attend to what is `model/attention.py`'s.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from qorpo.data.groups import Group, GroupLengths, row_tokens
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,15 +95,18 @@ def _is_within(place: int, spans: Sequence[tuple[int, int]]) -> bool:
     return any(start <= place < stop for start, stop in spans)
 
 
-def split_by_budget(groups: Sequence[Group], budget_tokens: int) -> list[list[Group]]:
+def split_by_budget(
+    groups: Sequence[T], budget_tokens: int, tokens_of: Callable[[Any], int] = row_tokens
+) -> list[list[T]]:
     """Split a step's groups into micro-batches of at most `budget_tokens` row tokens: longest first, best fit.
 
-    A group longer than the budget gets a micro-batch of its own. Deterministic for a given order of groups.
+    A group longer than the budget gets a micro-batch of its own. Deterministic for a given order of groups. What stands
+    for groups, such as their places, is split in the same way by `tokens_of`.
     """
-    bins: list[list[Group]] = []
+    bins: list[list[T]] = []
     room: list[int] = []
-    for group in sorted(groups, key=row_tokens, reverse=True):
-        need = row_tokens(group)
+    for group in sorted(groups, key=tokens_of, reverse=True):
+        need = tokens_of(group)
         fitting = [index for index, left in enumerate(room) if left >= need]
         if fitting:
             best = min(fitting, key=room.__getitem__)

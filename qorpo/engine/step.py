@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from qorpo.data.groups import Group
-from qorpo.data.pack import PackedGroups, moved, pack_groups
+from qorpo.data.groups import Group, row_tokens
+from qorpo.data.pack import PackedGroups, moved, pack_groups, split_by_budget
 from qorpo.engine.distributed import Ranks
 from qorpo.objectives.base import Objective, Scores
 
@@ -52,6 +52,32 @@ def run_step(
         for name, value_P in output.metrics.items():
             sums[name] = sums.get(name, 0.0) + value_P.sum() * bool(row)
     return {name: value / totals.groups for name, value in ranks.summed(sums).items()}
+
+
+@torch.no_grad()
+def score_groups(
+    scorer: Callable[[PackedGroups], torch.Tensor],
+    groups: Sequence[Group],
+    objective: Objective,
+    *,
+    microbatch_tokens: int,
+    device: torch.device,
+) -> dict[str, torch.Tensor]:
+    """(P,) float64 on the host of every metric of the objective: each group's own, in the order of `groups`.
+
+    Their means are what `run_step` gives. The scorer is taken as it is: put the model into eval mode before.
+    """
+    groups = list(groups)
+    totals = objective.totals([group.learned_lengths for group in groups])
+    rows = split_by_budget(range(len(groups)), microbatch_tokens, lambda place: row_tokens(groups[place]))
+    found: dict[str, list[torch.Tensor]] = {name: [] for name in objective.metrics}
+    for row in rows:
+        packed = pack_groups([groups[place] for place in row], score_prompts=objective.scores_prompts)
+        packed = packed.to(device)
+        for name, value_P in objective(scores_of(scorer(packed), packed), totals).metrics.items():
+            found[name].append(value_P)
+    order = torch.tensor([place for row in rows for place in row]).argsort()
+    return {name: torch.cat(values).cpu()[order] for name, values in found.items()}
 
 
 def _least(groups: Sequence[Group]) -> Group:

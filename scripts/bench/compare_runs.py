@@ -8,17 +8,16 @@ Both runs must have the same base and evaluation pairs. Each pair is scored by r
 
 import argparse
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from _record import add_output_option, emit
 from peft import PeftModel
 
 from qorpo.build import build_objective, chat_format_of, load_data
 from qorpo.data.groups import Group
-from qorpo.data.pack import pack_groups
-from qorpo.engine.step import scores_of
+from qorpo.engine.step import score_groups
 from qorpo.model.load import load_model
 from qorpo.model.scoring import Scorer
 from qorpo.model.selfcheck import make_scorer
@@ -26,6 +25,7 @@ from qorpo.objectives.base import Objective
 from qorpo.recipe import load_recipe
 
 RESAMPLES = 10_000
+ROW_TOKENS = 2048
 
 
 def main() -> None:
@@ -65,18 +65,13 @@ def main() -> None:
     emit("compare_runs", settings, {"means": means, "differences": figures}, model.device.type, args.output)
 
 
-def score(scorer: Scorer, pairs: list[Group], objective: Objective) -> dict[str, np.ndarray]:
+def score(scorer: Scorer, pairs: Sequence[Group], objective: Objective) -> dict[str, np.ndarray]:
     """Every metric of every pair, (P,) each."""
-    rows = defaultdict(list)
+    device = scorer.model.device
     scorer.eval()
-    with torch.no_grad(), scorer.packed_attention():
-        for pair in pairs:
-            packed = pack_groups([pair], score_prompts=objective.scores_prompts)
-            totals = objective.totals([pair.lengths])
-            metrics = objective(scores_of(scorer(packed), packed), totals).metrics
-            for name in objective.metrics:
-                rows[name].append(metrics[name].item())
-    return {name: np.array(values) for name, values in rows.items()}
+    with scorer.packed_attention():
+        found = score_groups(scorer, pairs, objective, microbatch_tokens=ROW_TOKENS, device=device)
+    return {name: values.numpy() for name, values in found.items()}
 
 
 def by_prompt(pairs: list[Group]) -> list[list[int]]:

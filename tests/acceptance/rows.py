@@ -175,7 +175,9 @@ ON_SHARED = [
 
 ON_SHARED += [
     replace(
-        shared_row(LLAMA_FACTORY / "identity.json", 0.2, cut={}),
+        shared_row(
+            LLAMA_FACTORY / "identity.json", 0.2, dropped={"prompt_too_long": 5}, cut={"response": 68}
+        ),
         objective={"name": "sft"},
     )
 ]

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qorpo.data.groups import Group
 from qorpo.data.pack import PackedGroups
 from qorpo.engine.distributed import Ranks
-from qorpo.engine.step import run_step, scores_of
+from qorpo.engine.step import run_step, score_groups, scores_of
 from qorpo.model.scoring import Scorer
 from qorpo.objectives.asft import Asft
 from qorpo.objectives.base import Totals
@@ -172,6 +172,26 @@ def test_scoring_alone_gives_the_same_metrics_and_no_gradient(model):
         metrics = run_step(scorer, pairs, objective, microbatch_tokens=TINY, device=CPU)
     assert_same_step((metrics, {}), (expected, {}))
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("microbatch_tokens", [TINY, MEDIUM, HUGE])
+@pytest.mark.parametrize("nll_average", ["sequence", "token"])
+def test_each_groups_own_figures_come_in_the_order_of_the_groups(model, nll_average, microbatch_tokens):
+    pairs, objective = make_pairs(), objective_of("all", nll_average)
+    pairs = [*pairs, pairs[2]]  # one group twice
+    scorer = Scorer(model, "sdpa")
+    options = {"microbatch_tokens": microbatch_tokens, "device": CPU}
+    with torch.no_grad(), scorer.packed_attention():
+        found = score_groups(scorer, pairs, objective, **options)
+        means = run_step(scorer, pairs, objective, **options)
+        alone = [score_groups(scorer, [pair], objective, **options) for pair in pairs]
+    assert found.keys() == means.keys()
+    for name, value_P in found.items():
+        assert value_P.shape == (len(pairs),)
+        torch.testing.assert_close(value_P.mean(), means[name], rtol=0, atol=1e-10, msg=name)
+        if nll_average == "sequence":  # else a group's share depends on the others
+            expected = torch.cat([each[name] for each in alone])
+            torch.testing.assert_close(value_P, expected, rtol=0, atol=1e-10, msg=name)
 
 
 # --- by hand, with a scorer that looks log-probs up ---
