@@ -67,6 +67,7 @@ CASES = [
     Case("opt", "nf4", THREE_PAIRS),
     Case("gpt2", "none", ONE_PAIR, recomputed=0),
     Case("llama", "none", ONE_PAIR, objective='{"name": "simpo"}'),
+    Case("llama", "nf4", ((60, 240), (30, 90)), objective='{"name": "sft"}'),
     Case(
         "llama", "nf4", THREE_PAIRS, objective='{"name": "cpo", "nll_tokens": "all", "nll_average": "token"}'
     ),
