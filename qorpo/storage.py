@@ -283,7 +283,11 @@ def _system_error(error: BaseException) -> OSError | None:
     )  # of tokenizers, safetensors
     if is_of_rust and (number := re.search(r"\(os error (\d+)\)", str(error))):
         return OSError(int(number[1]), os.strerror(int(number[1])))
-    if isinstance(error, RuntimeError) and error.__context__ is not None:  # torch.save, into an open file
+    # torch.save into an open file; datasets, which goes on to close what it could not write
+    is_aftermath = isinstance(error, RuntimeError) or (
+        isinstance(error, ValueError) and "closed file" in str(error)
+    )
+    if is_aftermath and error.__context__ is not None:
         return _system_error(error.__context__)
     return None
 

@@ -105,7 +105,7 @@ def prepare_pairs(
         with contextlib.suppress(_MadeMeanwhile):
             _make(folder, work, chat_format, num_processes)
         return _read(folder)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         if (failed := failed_write(error)) is None:
             raise
         raise DataError(
