@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from qorpo.data.records import DataReport
+from qorpo.errors import DataError
 
 GroupLengths = tuple[int, ...]
 """Token counts of a group's parts: of its prompt, then of each response."""
@@ -65,3 +66,22 @@ def part_names(num_responses: int) -> tuple[str, ...]:
     if num_responses == 2:
         return "prompt", "chosen", "rejected"
     return "prompt", *(f"response {number}" for number in range(1, num_responses + 1))
+
+
+def tokens_report(
+    report: DataReport, lengths: Sequence[Sequence[int]], cuts: Sequence[Sequence[bool]]
+) -> DataReport:
+    """The report with what tokenizing adds: (P, 1 + n) lengths of the groups' parts, and whether they were cut."""
+    report.kept = len(lengths)
+    if not report.kept:
+        raise DataError(
+            f"0 usable pairs left as tokens: {report.summary()}; "
+            "look at data.max_prompt_length, data.max_length and model.chat_template"
+        )
+    columns = zip(zip(*lengths, strict=True), zip(*cuts, strict=True), strict=True)
+    for part, (counts, were_cut) in zip(part_names(len(lengths[0]) - 1), columns, strict=True):
+        report.cut[part] = sum(were_cut)
+        report.tokens[part] = {
+            "total": sum(counts), "mean": round(sum(counts) / len(counts), 1), "max": max(counts)
+        }  # fmt: skip
+    return report

@@ -20,13 +20,13 @@ from typing import Any, Literal
 import numpy as np
 
 from qorpo.data.filters import digest, hold_out, prompt_key
-from qorpo.data.groups import TokenizedData
+from qorpo.data.groups import TokenizedData, tokens_report
 from qorpo.data.locate import RecordFile, Sources, open_sources
 from qorpo.data.records import DataReport, Demonstration, Example, PreferencePair, TrainTurns
 from qorpo.data.shapes import Layout
 from qorpo.data.sources import OnBadRecord, iter_examples
 from qorpo.data.token_table import ArrowGroups, arrow_schema, read_table
-from qorpo.data.tokenize import ChatFormat, Limits, tokenize_batch, tokens_report
+from qorpo.data.tokenize import ChatFormat, Limits, tokenize_batch
 from qorpo.errors import DamageError, DataError
 from qorpo.manifest import MANIFEST, check_folder, write_manifest
 from qorpo.storage import failed_write, sweep, whole_folder, write_json

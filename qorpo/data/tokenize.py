@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 from jinja2 import TemplateError
 
 from qorpo.data.bounds import MOST_BYTES, SECONDS, stays_within_bounds
-from qorpo.data.groups import Group, TokenizedData, part_names
+from qorpo.data.groups import Group, TokenizedData, tokens_report
 from qorpo.data.records import Conversation, DataReport, Demonstration, Example, Message, PairSet, Unusable
 from qorpo.errors import DataError
 
@@ -300,25 +300,6 @@ def tokenize_pairs(
                 kept.append(result)
     lengths, cuts = [group.lengths for group in kept], [group.cut for group in kept]
     return TokenizedData(kept, tokens_report(report, lengths, cuts))
-
-
-def tokens_report(
-    report: DataReport, lengths: Sequence[Sequence[int]], cuts: Sequence[Sequence[bool]]
-) -> DataReport:
-    """The report with what tokenizing adds: (P, 1 + n) lengths of the groups' parts, and whether they were cut."""
-    report.kept = len(lengths)
-    if not report.kept:
-        raise DataError(
-            f"0 usable pairs left as tokens: {report.summary()}; "
-            "look at data.max_prompt_length, data.max_length and model.chat_template"
-        )
-    columns = zip(zip(*lengths, strict=True), zip(*cuts, strict=True), strict=True)
-    for part, (counts, were_cut) in zip(part_names(len(lengths[0]) - 1), columns, strict=True):
-        report.cut[part] = sum(were_cut)
-        report.tokens[part] = {
-            "total": sum(counts), "mean": round(sum(counts) / len(counts), 1), "max": max(counts)
-        }  # fmt: skip
-    return report
 
 
 def tokenize_batch(
