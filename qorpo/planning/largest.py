@@ -72,7 +72,7 @@ def largest_that_fits(
         slope = max((needs[high] - needs[low]) / (high - low), 1e-9)
         found = int(low + (room_bytes - needs[low]) / slope)
         if needs[high] > room_bytes:
-            return found
+            return max(low, int(0.999 * found))  # sizes are rounded up to blocks, so the line has small steps
         if high == ceiling:
             return ceiling
         if found <= NEAR * high:

@@ -133,7 +133,7 @@ def test_a_run_is_refused_before_its_data_and_its_model_are_read(recipe_dict, mo
     from qorpo.training import run
 
     card(monkeypatch, "Tesla T4", 7, 5)
-    monkeypatch.setattr(run, "this_process", lambda: SimpleNamespace(device=CARD))
+    monkeypatch.setattr(run, "this_process", lambda: SimpleNamespace(device=CARD, is_main_process=True))
     monkeypatch.setattr(run, "load_data", lambda *_: pytest.fail("data was read"))
     with pytest.raises(ModelError, match="Tesla T4"):
         run.train(recipe_dict)

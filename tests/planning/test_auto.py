@@ -130,7 +130,7 @@ def test_a_model_that_can_not_be_planned_trains_with_fixed_values(
 def test_a_fault_of_the_plan_itself_is_not_taken_for_the_models(recipe_dict, base, monkeypatch, place):
     longest = LONGEST
     if place == "lengths of a pair":
-        longest = GroupLengths(9.0, 6.0, 5.0)  # as nulls in a column once made them
+        longest = (9.0, 6.0, 5.0)  # as nulls in a column once made them
     elif place == "counting of bytes":
         monkeypatch.setattr(live_bytes, "BLOCK", None)
     else:
