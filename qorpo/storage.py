@@ -5,20 +5,19 @@ leaves the old one, or the new one, and a leftover that `sweep` removes. `qorpo.
 """
 
 import contextlib
-import errno
 import json
 import logging
 import os
-import re
 import shutil
 import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 from qorpo.errors import RunError
+from qorpo.failed_write import failed_write
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +31,7 @@ MOST_ATTEMPTS = 100
 
 
 def write_text(path: Path, text: str) -> None:
+    """`write_bytes`, in UTF-8."""
     write_bytes(path, text.encode())
 
 
@@ -239,57 +239,6 @@ def output_folder(output: Path) -> Iterator[Path]:
             f"--output {output}: could not be written ({failed.reason}); nothing is left of it; {failed.remedy}, "
             "then try again"
         ) from error
-
-
-# --- failures ---
-
-
-class FailedWrite(NamedTuple):
-    """Why a write failed, and what a person can do."""
-
-    reason: str
-    remedy: str
-
-
-def failed_write(error: BaseException) -> FailedWrite | None:
-    """What is behind an error that ended a write, in whatever words a library puts it; None where it is no such error."""
-    cause = _system_error(error)
-    if cause is None or cause.errno == errno.ENOMEM:  # memory's lack is no disk's
-        return None
-    if cause.errno in (errno.ENOSPC, errno.EDQUOT):
-        remedy = "make room"
-    elif cause.errno == errno.EIO:
-        remedy = "have the disk checked"
-    elif cause.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        remedy = "make it writable"
-    elif cause.errno in (errno.ENOENT, errno.ENOTDIR):
-        remedy = "make its folder"
-    elif cause.errno == errno.EFBIG:
-        remedy = "raise the limit on a file's size (ulimit -f)"
-    else:
-        remedy = "fix that"
-    return FailedWrite(cause.strerror or str(cause), remedy)
-
-
-def _system_error(error: BaseException) -> OSError | None:
-    """The system's own error inside one of a library's."""
-    if isinstance(error, OSError):
-        return error
-    if type(error).__name__ == "CheckpointException":  # of torch.distributed.checkpoint: an error a rank
-        found = (_system_error(each) for each, _ in error.failures.values())  # type: ignore[attr-defined]
-        return next((each for each in found if each is not None), None)
-    is_of_rust = (
-        type(error) is Exception or type(error).__name__ == "SafetensorError"
-    )  # of tokenizers, safetensors
-    if is_of_rust and (number := re.search(r"\(os error (\d+)\)", str(error))):
-        return OSError(int(number[1]), os.strerror(int(number[1])))
-    # torch.save into an open file; datasets, which goes on to close what it could not write
-    is_aftermath = isinstance(error, RuntimeError) or (
-        isinstance(error, ValueError) and "closed file" in str(error)
-    )
-    if is_aftermath and error.__context__ is not None:
-        return _system_error(error.__context__)
-    return None
 
 
 # --- owners ---

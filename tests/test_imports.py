@@ -25,6 +25,7 @@ HEIGHTS = {
     "errors": 0,
     "printable": 0,
     "version": 0,
+    "failed_write": 0,
     "out_of_memory": 1,
     "storage": 1,
     "recipe": 1,

@@ -28,8 +28,9 @@ from qorpo.data.sources import OnBadRecord, iter_examples
 from qorpo.data.token_table import ArrowGroups, arrow_schema, read_table
 from qorpo.data.tokenize import ChatFormat, Limits, tokenize_batch
 from qorpo.errors import DamageError, DataError
+from qorpo.failed_write import failed_write
 from qorpo.manifest import MANIFEST, check_folder, write_manifest
-from qorpo.storage import failed_write, sweep, whole_folder, write_json
+from qorpo.storage import sweep, whole_folder, write_json
 
 logger = logging.getLogger(__name__)
 

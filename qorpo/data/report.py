@@ -15,8 +15,9 @@ from qorpo.data.inspect import ShownGroup, Span, Statistics, statistics
 from qorpo.data.prepare import PreparedData
 from qorpo.data.records import DataReport
 from qorpo.errors import DataError
+from qorpo.failed_write import FailedWrite, failed_write
 from qorpo.printable import printable
-from qorpo.storage import FailedWrite, failed_write, unfinished_of, write_bytes, write_text
+from qorpo.storage import unfinished_of, write_bytes, write_text
 
 COLOURS = {"prompt": "cyan", "chosen": "green", "rejected": "red", "response": "green"}
 BAR_WIDTH = 18

@@ -14,6 +14,7 @@ from qorpo.build import build_objective
 from qorpo.data.groups import Group
 from qorpo.engine.device import computes_bfloat16
 from qorpo.errors import DataError, QorpoError, RecipeError, RunError
+from qorpo.failed_write import failed_write
 from qorpo.identity import base_identity
 from qorpo.manifest import check_folder, write_manifest
 from qorpo.merging.outline import Onto, Plan, make_plan
@@ -43,7 +44,7 @@ from qorpo.merging.verify import (
 )
 from qorpo.objectives.orpo import Orpo
 from qorpo.out_of_memory import is_out_of_memory, shortage_of
-from qorpo.storage import failed_write, output_folder
+from qorpo.storage import output_folder
 
 logger = logging.getLogger(__name__)
 

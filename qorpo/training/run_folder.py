@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from qorpo.errors import RunError
+from qorpo.failed_write import failed_write
 from qorpo.storage import (
     LOCK,
     UNFINISHED,
     Lock,
-    failed_write,
     flush,
     make_folder,
     remove_folder,

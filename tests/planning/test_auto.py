@@ -16,7 +16,6 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 import qorpo
 from qorpo import Trainer, load_pairs
-from qorpo.data.groups import GroupLengths
 from qorpo.model.checkpointing import _Recomputed, decoder_layers
 from qorpo.model.load import load_model, load_tokenizer
 from qorpo.planning import auto, fake_model, live_bytes
