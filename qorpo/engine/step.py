@@ -41,7 +41,7 @@ def run_step(
     rows = ranks.micro_batches(groups, microbatch_tokens)
     # Nothing here waits for the device, so a row is packed and copied while it computes those before.
     for number, row in enumerate(rows, start=1):
-        # A rank with nothing left scores the least there is, for nothing: the others need it.
+        # A rank without pairs scores a dummy row with weight 0: a sharded forward needs every rank.
         packed = pack_groups(row or [_least(groups)], score_prompts=objective.scores_prompts).to(device)
         # Gradients are averaged over ranks.
         weight = ranks.count / totals.groups if row else 0.0

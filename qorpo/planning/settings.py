@@ -35,7 +35,7 @@ def fixed_settings(memory: MemoryRecipe, num_layers: int, *, on_cuda: bool) -> M
     return MemorySettings(
         microbatch_tokens=(4096 if on_cuda else 2048) if tokens == "auto" else tokens,
         chunk_tokens=(1024 if on_cuda else 256) if chunk == "auto" else chunk,
-        # By identity: 1 is one layer, and equal to True.
+        # `is`: True means all layers, while 1, which equals True, means one.
         checkpointed_layers=num_layers
         if layers == "auto" or layers is True
         else min(int(layers), num_layers),
