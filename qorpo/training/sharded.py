@@ -7,6 +7,7 @@ are no tensors, so code in them would run; here both are read by readers that kn
 import io
 import pickle
 from concurrent.futures import Future
+from enum import Enum
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -177,10 +178,19 @@ class _Unpickler(pickle.Unpickler):
     }  # fmt: skip
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _enum_member
         is_type = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if not is_type and name not in self.ALLOWED.get(module, ()):
             raise pickle.UnpicklingError(f"it names {module}.{name}")
         return super().find_class(module, name)
+
+
+def _enum_member(kind: Any, name: str) -> Enum:
+    """Python before 3.11.4 pickles a member of an enumeration as `getattr(kind, name)`."""
+    if not (isinstance(kind, type) and issubclass(kind, Enum) and name in kind.__members__):
+        raise pickle.UnpicklingError(f"it asks for {name} of {kind!r}")
+    return kind[name]
 
 
 def _check(metadata: Any) -> None:

@@ -115,7 +115,7 @@ LLAMA_FACTORY = SHARED / "data" / "llama_factory"
 def shared_row(train: object, eval: float, **counts: Any) -> Row:
     name = "/".join(str(train).split("/")[-2:])
     limits = {"max_length": 96, "max_prompt_length": 48}
-    return Row(name, train, eval, limits, {"path": SHARED / "base"}, full_learning_rate=1e-4, **counts)
+    return Row(name, train, eval, limits, model={"path": SHARED / "base"}, full_learning_rate=1e-4, **counts)
 
 
 ON_SHARED = [

@@ -264,12 +264,21 @@ class Payload:
         return os.mkdir, (self.path,)
 
 
+class Attribute:
+    """Whatever a class has, by the one function that members of enumerations are pickled with before Python 3.11.4."""
+
+    def __reduce__(self):
+        return getattr, (Path, "home")
+
+
 def poisoned(folder, kind, trace):
     """A sharded checkpoint with a payload that makes the folder `trace`, and a manifest that fits."""
     shards = folder / "shards"
     metadata = pickle.loads((shards / ".metadata").read_bytes())
     if kind == "metadata":
         metadata.planner_data = Payload(str(trace))
+    elif kind == "attribute":
+        metadata.planner_data = Attribute()
     elif kind == "outside":
         for info in metadata.storage_data.values():
             info.relative_path = f"../../{info.relative_path}"
@@ -286,7 +295,7 @@ def poisoned(folder, kind, trace):
     reseal(folder)
 
 
-@pytest.mark.parametrize("kind", ["metadata", "entry", "outside"])
+@pytest.mark.parametrize("kind", ["metadata", "attribute", "entry", "outside"])
 def test_no_payload_in_shards_runs_on_resume(finished, base, pairs_file, tmp_path, command, kind):
     folder = Path(shutil.copytree(finished / "full", tmp_path / "run"))
     poisoned(folder / "checkpoints" / "step-4", kind, tmp_path / "ran")
