@@ -265,7 +265,12 @@ def test_the_model_that_ranks_leave_opens_in_plain_transformers(alone, together,
     assert ranks["losses"] == pytest.approx(alone["like on a cluster"]["losses"], rel=0.02)
     # What was left sharded gives the same folder again.
     checkpoint = folder / "run" / "checkpoints" / "step-3"
-    assert sorted(path.name for path in checkpoint.iterdir()) == ["schedule.pt", "shards", "state.json"]
+    assert sorted(path.name for path in checkpoint.iterdir()) == [
+        "qorpo-manifest.json",
+        "schedule.pt",
+        "shards",
+        "state.json",
+    ]
     export_model(folder / "run", tmp_path / "exported")
     for name in ("model.safetensors", "config.json", "tokenizer.json", "generation_config.json"):
         written = (folder / "run" / "model" / name).read_bytes()
