@@ -34,7 +34,7 @@ class ReferencePairObjective(PairObjective):
 
     def loss(self, chosen_P: torch.Tensor, rejected_P: torch.Tensor, scores: Scores) -> torch.Tensor:
         """(P,) the loss of each pair, of Δs of chosen and of rejected."""
-        raise NotImplementedError
+        raise NotImplementedError  # each objective's own
 
     def __call__(self, scores: Scores, totals: Totals) -> ObjectiveOutput:
         log_ratios_PN = scores.log_ratios
