@@ -1,7 +1,7 @@
 """What a person reads at a run's end. It makes lines; the command line prints them."""
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 # The metrics that a person looks at first, in this order; those of an objective's own follow in its order.
@@ -45,6 +45,11 @@ def _table(columns: Mapping[str, Mapping[str, float]]) -> list[str]:
     rows = [["", *columns]]
     for name in names:
         rows.append([name, *(figure(column[name]) if name in column else "" for column in columns.values())])
+    return aligned(rows)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table's rows as lines: the first column to the left, the others to the right."""
     first, *others = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
     return [
         "  ".join([name.ljust(first), *map(str.rjust, values, others)]).rstrip() for name, *values in rows

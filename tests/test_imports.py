@@ -41,10 +41,11 @@ HEIGHTS = {
     "planning": 6,
     "training": 7,
     "merging": 7,
+    "evaluation": 9,
     "console": 1,
-    "cli": 8,
-    "__main__": 9,
-    "__init__": 9,  # the public names, resolved on first use
+    "cli": 10,
+    "__main__": 11,
+    "__init__": 11,  # the public names, resolved on first use
 }
 # A recipe belongs to who runs it; what computes takes tensors, floats and pairs.
 READERS_OF_RECIPES = {

@@ -7,7 +7,6 @@ Both runs must have the same base and evaluation pairs. Each pair is scored by r
 """
 
 import argparse
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,13 +17,13 @@ from peft import PeftModel
 from qorpo.build import build_objective, chat_format_of, load_data
 from qorpo.data.groups import Group
 from qorpo.engine.step import score_groups
+from qorpo.evaluation.intervals import mean_interval
 from qorpo.model.load import load_model
 from qorpo.model.scoring import Scorer
 from qorpo.model.selfcheck import make_scorer
 from qorpo.objectives.base import Objective
 from qorpo.recipe import load_recipe
 
-RESAMPLES = 10_000
 ROW_TOKENS = 2048
 
 
@@ -50,10 +49,10 @@ def main() -> None:
     with model.disable_adapter():
         scores["base"] = score(scorer, pairs, objective)
 
-    prompts = by_prompt(pairs)
+    prompts = [pair.prompt_ids for pair in pairs]
     figures = {
         f"{first}-{second}": {
-            name: interval(scores[first][name] - scores[second][name], prompts) for name in objective.metrics
+            name: difference(scores[first][name], scores[second][name], prompts) for name in objective.metrics
         }
         for first, second in (("a", "b"), ("a", "base"), ("b", "base"))
     }
@@ -61,7 +60,7 @@ def main() -> None:
         run: {name: float(values[name].mean()) for name in objective.metrics}
         for run, values in scores.items()
     }
-    settings = {"a": str(args.run_a), "b": str(args.run_b), "pairs": len(pairs), "prompts": len(prompts)}
+    settings = {"a": str(args.run_a), "b": str(args.run_b), "pairs": len(pairs), "prompts": len(set(prompts))}
     emit("compare_runs", settings, {"means": means, "differences": figures}, model.device.type, args.output)
 
 
@@ -74,22 +73,10 @@ def score(scorer: Scorer, pairs: Sequence[Group], objective: Objective) -> dict[
     return {name: values.numpy() for name, values in found.items()}
 
 
-def by_prompt(pairs: list[Group]) -> list[list[int]]:
-    """Indices of the pairs of each prompt."""
-    places = defaultdict(list)
-    for index, pair in enumerate(pairs):
-        places[tuple(pair.prompt_ids)].append(index)
-    return list(places.values())
-
-
-def interval(differences_P: np.ndarray, prompts: list[list[int]]) -> dict[str, float]:
+def difference(first_P: np.ndarray, second_P: np.ndarray, prompts: list[tuple[int, ...]]) -> dict[str, float]:
     """Mean over pairs, with the 95% interval over resampled prompts."""
-    sums = np.array([differences_P[places].sum() for places in prompts])
-    counts = np.array([len(places) for places in prompts])
-    drawn = np.random.default_rng(0).integers(len(prompts), size=(RESAMPLES, len(prompts)))
-    means = sums[drawn].sum(1) / counts[drawn].sum(1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return {"mean": float(differences_P.mean()), "low": float(low), "high": float(high)}
+    found = mean_interval(first_P - second_P, prompts)
+    return {"mean": found.value, "low": found.low, "high": found.high}
 
 
 if __name__ == "__main__":
