@@ -23,6 +23,9 @@ class Group:
         tuple[int, int], ...
     ] = ()  # spans of the only response that are read, not learned: later questions
     margin: float | None = None  # how much better the first response is than the second, where the data says
+    desirable: bool | None = None  # whether the only response is one to learn, where the data says
+    reference_logps: tuple[float, ...] = ()  # each response's sum of log-probs by the model as it started
+    mismatched: "Group | None" = None  # its prompt with an answer to another, for kto
 
     @classmethod
     def of(cls, parts: Iterable[Sequence[int]], source: str) -> "Group":
@@ -44,7 +47,12 @@ class Group:
 
     def first(self, count: int) -> "Group":
         """The same with its first `count` responses alone."""
-        return replace(self, responses=self.responses[:count], cut=self.cut[: 1 + count])
+        return replace(
+            self,
+            responses=self.responses[:count],
+            cut=self.cut[: 1 + count],
+            reference_logps=self.reference_logps[:count],
+        )
 
 
 class TokenizedData(NamedTuple):

@@ -5,7 +5,7 @@ the prompt's last token predicts the first token of each. What may attend to wha
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 import torch
@@ -26,10 +26,16 @@ class PackedGroups:
     segments: torch.Tensor  # (S,) int64: which segment of the row the scored token is in
     lengths: tuple[GroupLengths, ...]  # P of them
     scored: tuple[GroupLengths, ...]  # how many tokens of each segment are scored
+    # What else the groups hold, where they do; see `Group`.
+    reference_logps: torch.Tensor | None = None  # (P, N) float64
+    margins: torch.Tensor | None = None  # (P,) float64
+    desirable: torch.Tensor | None = None  # (P,) bool
 
     def to(self, device: torch.device) -> "PackedGroups":
-        names = ("input_ids", "position_ids", "predictors", "targets", "segments")
-        tensors: dict[str, Any] = {name: moved(getattr(self, name), device) for name in names}
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        tensors: dict[str, Any] = {
+            name: moved(value, device) for name, value in values.items() if isinstance(value, torch.Tensor)
+        }
         return replace(self, **tensors)
 
 
@@ -88,7 +94,15 @@ def pack_groups(groups: Sequence[Group], *, score_prompts: bool = False) -> Pack
         segments=torch.tensor(segments),
         lengths=tuple(group.lengths for group in groups),
         scored=tuple(scored),
+        reference_logps=_known([group.reference_logps or None for group in groups], torch.float64),
+        margins=_known([group.margin for group in groups], torch.float64),
+        desirable=_known([group.desirable for group in groups], torch.bool),
     )
+
+
+def _known(values: Sequence[Any], dtype: torch.dtype) -> torch.Tensor | None:
+    """What every group has, as a tensor; None where one lacks it."""
+    return None if None in values else torch.tensor(values, dtype=dtype)
 
 
 def _is_within(place: int, spans: Sequence[tuple[int, int]]) -> bool:

@@ -24,7 +24,7 @@ from accelerate.utils import (
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from qorpo.data.groups import Group, row_tokens
+from qorpo.data.groups import row_tokens
 from qorpo.data.pack import split_by_budget
 from qorpo.errors import QorpoError, RunError
 from qorpo.model.checkpointing import decoder_layers
@@ -48,11 +48,19 @@ class Ranks:
     device: torch.device | None = None
     keep_gradients: Any = field(default=contextlib.nullcontext)
 
-    def micro_batches(self, groups: Sequence[Group], microbatch_tokens: int) -> list[list[Group]]:
-        """This rank's rows of a step's groups; empty ones at the end where another rank has more."""
+    def micro_batches(
+        self, groups: Sequence[T], microbatch_tokens: int, tokens_of: Callable[[Any], int] = row_tokens
+    ) -> list[list[T]]:
+        """This rank's rows of a step's groups; empty ones at the end where another rank has more.
+
+        What stands for groups, such as their places, is shared in the same way by `tokens_of`.
+        """
         if self.count == 1:
-            return split_by_budget(groups, microbatch_tokens)
-        rows = [split_by_budget(share, microbatch_tokens) for share in shares(groups, self.count)]
+            return split_by_budget(groups, microbatch_tokens, tokens_of)
+        rows = [
+            split_by_budget(share, microbatch_tokens, tokens_of)
+            for share in shares(groups, self.count, tokens_of)
+        ]
         mine = rows[self.index]
         return mine + [[]] * (max(map(len, rows)) - len(mine))
 
@@ -73,14 +81,14 @@ class Ranks:
         return found.item() == self.count
 
 
-def shares(groups: Sequence[Group], count: int) -> list[list[Group]]:
+def shares(groups: Sequence[T], count: int, tokens_of: Callable[[Any], int] = row_tokens) -> list[list[T]]:
     """Groups parted into `count` shares of about as many tokens: the longest first, each to the lightest share."""
-    parts: list[list[Group]] = [[] for _ in range(count)]
+    parts: list[list[T]] = [[] for _ in range(count)]
     tokens = [0] * count
-    for group in sorted(groups, key=row_tokens, reverse=True):
+    for group in sorted(groups, key=tokens_of, reverse=True):
         lightest = tokens.index(min(tokens))
         parts[lightest].append(group)
-        tokens[lightest] += row_tokens(group)
+        tokens[lightest] += tokens_of(group)
     return parts
 
 

@@ -6,13 +6,15 @@ Loss and gradient are those of the whole step, whatever the split: the objective
 
 import contextlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 
 from qorpo.data.groups import Group, row_tokens
 from qorpo.data.pack import PackedGroups, moved, pack_groups, split_by_budget
 from qorpo.engine.distributed import Ranks
-from qorpo.objectives.base import Objective, Scores
+from qorpo.objectives.base import Objective, Scores, Totals
 
 ALONE = Ranks()
 
@@ -36,7 +38,8 @@ def run_step(
         microbatch_tokens: most tokens a row; a longer group has a row of its own.
         backward: called with each micro-batch's share of the step's loss; the shares add up to it. None: score only.
     """
-    totals = objective.totals([group.learned_lengths for group in groups])
+    options: dict[str, Any] = {"microbatch_tokens": microbatch_tokens, "device": device, "ranks": ranks}
+    totals = _totals_of(objective, scorer, groups, options)
     sums: dict[str, torch.Tensor] = {}
     rows = ranks.micro_batches(groups, microbatch_tokens)
     # Nothing here waits for the device, so a row is packed and copied while it computes those before.
@@ -68,7 +71,7 @@ def score_groups(
     Their means are what `run_step` gives. The scorer is taken as it is: put the model into eval mode before.
     """
     groups = list(groups)
-    totals = objective.totals([group.learned_lengths for group in groups])
+    totals = _totals_of(objective, scorer, groups, {"microbatch_tokens": microbatch_tokens, "device": device})
     rows = split_by_budget(range(len(groups)), microbatch_tokens, lambda place: row_tokens(groups[place]))
     found: dict[str, list[torch.Tensor]] = {name: [] for name in objective.metrics}
     for row in rows:
@@ -80,9 +83,56 @@ def score_groups(
     return {name: torch.cat(values).cpu()[order] for name, values in found.items()}
 
 
+@torch.no_grad()
+def summed_logps(
+    scorer: Callable[[PackedGroups], torch.Tensor],
+    groups: Sequence[Group],
+    *,
+    microbatch_tokens: int,
+    device: torch.device,
+    ranks: Ranks = ALONE,
+) -> torch.Tensor:
+    """(P, N) float64 on the device: the sum of each response's log-probs, in the order of `groups`.
+
+    Several ranks are given the same groups, score a share each, and all get all. The scorer is taken as it is.
+    """
+    found_PN = torch.zeros(len(groups), len(groups[0].responses), dtype=torch.float64, device=device)
+    places = range(len(groups))
+    for row in ranks.micro_batches(places, microbatch_tokens, lambda place: row_tokens(groups[place])):
+        packed = pack_groups([groups[place] for place in row] or [_least(groups)]).to(device)
+        logps_PN = scores_of(scorer(packed), packed).logps_PN
+        if row:
+            found_PN[moved(torch.tensor(row), device)] = logps_PN
+    return ranks.summed({"logps": found_PN})["logps"]
+
+
+def kl_estimate(
+    scorer: Callable[[PackedGroups], torch.Tensor], groups: Sequence[Group], **options: Any
+) -> torch.Tensor:
+    """kto's z₀ of a step's groups, on the device: the mean of log π(y'|x) − log π_ref(y'|x), at least 0, where y' is an
+    answer to another prompt (`Group.mismatched`). Options are those of `summed_logps`."""
+    others = [group.mismatched for group in groups if group.mismatched is not None]
+    assert len(others) == len(groups), "scored without the mismatched answers that the objective needs"
+    reference_PN = torch.tensor([each.reference_logps for each in others], dtype=torch.float64)
+    ratios_PN = summed_logps(scorer, others, **options) - moved(reference_PN, options["device"])
+    return ratios_PN.mean().clamp(min=0)
+
+
+def _totals_of(
+    objective: Objective,
+    scorer: Callable[[PackedGroups], torch.Tensor],
+    groups: Sequence[Group],
+    options: dict[str, Any],
+) -> Totals:
+    totals = objective.totals([group.learned_lengths for group in groups])
+    return totals._replace(kl=kl_estimate(scorer, groups, **options)) if objective.needs_kl else totals
+
+
 def _least(groups: Sequence[Group]) -> Group:
+    """A group of one token a part, for a rank that has none; it holds what the others hold."""
     token = groups[0].prompt_ids[:1]
-    return Group(token, (token,) * len(groups[0].responses), "idle")
+    responses = (token,) * len(groups[0].responses)
+    return replace(groups[0], prompt_ids=token, responses=responses, source="idle", unscored=())
 
 
 def scores_of(token_logps_S: torch.Tensor, packed: PackedGroups) -> Scores:
@@ -91,4 +141,6 @@ def scores_of(token_logps_S: torch.Tensor, packed: PackedGroups) -> Scores:
         (prompt, *scored) for (prompt, *_), (_, *scored) in zip(packed.lengths, packed.scored, strict=True)
     ]
     lengths_PM = moved(torch.tensor(learned, dtype=torch.float64), token_logps_S.device)
-    return Scores.of_tokens(token_logps_S, packed.segments, lengths_PM)
+    return Scores.of_tokens(
+        token_logps_S, packed.segments, lengths_PM, packed.reference_logps, packed.margins, packed.desirable
+    )

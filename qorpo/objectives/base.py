@@ -115,6 +115,14 @@ class Objective(Protocol):
         other prompts, at least 0, scored without gradient before the step's first backward."""
 
     @property
+    def needs_margins(self) -> bool:
+        """Whether `Scores.margins_P` must be there."""
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether `Scores.desirable_P` must be there: it learns from answers of which each is good or bad by itself."""
+
+    @property
     def metrics(self) -> tuple[str, ...]:
         """The names in its output's metrics."""
 
@@ -141,15 +149,22 @@ PAIR_CHARTS = (
 )
 
 
+class Plain:
+    """What most objectives do without, and their headline."""
+
+    needs_reference: ClassVar[bool] = False
+    needs_kl: ClassVar[bool] = False
+    needs_margins: ClassVar[bool] = False
+    needs_labels: ClassVar[bool] = False
+    headline: ClassVar[Headline] = Headline()
+
+
 @dataclass(frozen=True, kw_only=True)
-class PairObjective:
+class PairObjective(Plain):
     """What objectives of chosen and rejected have in common."""
 
     name: ClassVar[str]
     responses: ClassVar[int] = 2
-    needs_reference: ClassVar[bool] = False
-    needs_kl: ClassVar[bool] = False
-    headline: ClassVar[Headline] = Headline()
     metrics: ClassVar[tuple[str, ...]] = ("loss", *PAIR_METRICS)
     charts: ClassVar[tuple[tuple[str, ...], ...]] = PAIR_CHARTS
 

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import torch
 
-from qorpo.objectives.base import Headline, ObjectiveOutput, Scores, Totals
+from qorpo.objectives.base import ObjectiveOutput, Plain, Scores, Totals
 
 
 def kto_loss(
@@ -35,7 +35,7 @@ def kto_loss(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kto:
+class Kto(Plain):
     """`kto_loss`. A row is right where a desirable answer is above z₀, or another below it."""
 
     name: ClassVar[str] = "kto"
@@ -43,7 +43,7 @@ class Kto:
     scores_prompts: ClassVar[bool] = False
     needs_reference: ClassVar[bool] = True
     needs_kl: ClassVar[bool] = True
-    headline: ClassVar[Headline] = Headline()
+    needs_labels: ClassVar[bool] = True
     metrics: ClassVar[tuple[str, ...]] = ("loss", "kl", "rewards/accuracies", "rewards/margins")
     charts: ClassVar[tuple[tuple[str, ...], ...]] = (
         ("loss",),

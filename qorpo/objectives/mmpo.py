@@ -38,6 +38,7 @@ class Mmpo(ReferencePairObjective):
     """`mmpo_loss`; `Scores.margins_P` must be there."""
 
     name: ClassVar[str] = "mmpo"
+    needs_margins: ClassVar[bool] = True
 
     beta: float = 0.01
     gamma: float = 2.2

@@ -3,18 +3,15 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from qorpo.objectives.base import Headline, ObjectiveOutput, Scores, Totals, WithNll
+from qorpo.objectives.base import ObjectiveOutput, Plain, Scores, Totals, WithNll
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sft(WithNll):
+class Sft(WithNll, Plain):
     """The first response's NLL. Of a pair only chosen is read; rejected is not computed."""
 
     name: ClassVar[str] = "sft"
     responses: ClassVar[int] = 1
-    needs_reference: ClassVar[bool] = False
-    needs_kl: ClassVar[bool] = False
-    headline: ClassVar[Headline] = Headline()
     metrics: ClassVar[tuple[str, ...]] = ("loss", "nll", "chosen_logps")
     charts: ClassVar[tuple[tuple[str, ...], ...]] = (("loss",), ("chosen_logps",))
 

@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -129,7 +129,7 @@ def _step_memory(
 
         count.peaks.clear()
         count.kind, count.stretch = "activations", "forward"
-        groups = [Group.of(((1,) * tokens for tokens in lengths), "plan") for lengths in shape.rows]
+        groups = [filled_group(lengths) for lengths in shape.rows]
         with foreign_code(), count, scorer.packed_attention():
             run_step(
                 scorer, groups, build_objective(recipe.objective), device=CPU, backward=backward,
@@ -141,6 +141,13 @@ def _step_memory(
                 optimizer.step()
     traffic_bytes = count.received_bytes + count.sent_bytes
     return StepMemory(count.peaks, count.host_peak, paged_bytes, len(layers), traffic_bytes)
+
+
+def filled_group(lengths: GroupLengths) -> Group:
+    """A group of these lengths with all that any objective reads of one; each value is made up."""
+    group = Group.of(((1,) * tokens for tokens in lengths), "plan")
+    with_reference = replace(group, reference_logps=(0.0,) * len(group.responses))
+    return replace(with_reference, margin=1.0, desirable=True, mismatched=with_reference.first(1))
 
 
 def workspace_bytes() -> int:

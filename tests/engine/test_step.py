@@ -1,9 +1,10 @@
 """A step's metrics and gradient are those of its pairs, whatever the micro-batches. Legend: P pairs, S scored tokens."""
 
 import itertools
+import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -11,17 +12,23 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qorpo.data.groups import Group
-from qorpo.data.pack import PackedGroups
+from qorpo.data.pack import PackedGroups, pack_groups
+from qorpo.engine import step
 from qorpo.engine.distributed import Ranks
-from qorpo.engine.step import run_step, score_groups, scores_of
+from qorpo.engine.step import kl_estimate, run_step, score_groups, scores_of, summed_logps
 from qorpo.model.scoring import Scorer
 from qorpo.objectives.asft import Asft
 from qorpo.objectives.base import Totals
 from qorpo.objectives.cpo import Cpo
+from qorpo.objectives.dpo import Dpo
+from qorpo.objectives.ipo import Ipo
+from qorpo.objectives.kto import Kto
+from qorpo.objectives.mmpo import Mmpo
 from qorpo.objectives.orpo import Orpo
 from qorpo.objectives.probability_ratio import ProbabilityRatio
 from qorpo.objectives.sft import Sft
 from qorpo.objectives.simpo import Simpo
+from qorpo.objectives.sppo import Sppo
 
 CPU = torch.device("cpu")
 CONVENTIONS = list(itertools.product(("response", "all"), ("sequence", "token")))
@@ -354,17 +361,128 @@ def test_a_step_never_waits_for_the_device(convention):
 
 # --- other objectives ---
 
+WITH_REFERENCE = {
+    "dpo": Dpo(beta=0.3), "ipo": Ipo(beta=0.6), "sppo": Sppo(beta=0.2), "mmpo": Mmpo(beta=0.3, gamma=0.8),
+    "kto": Kto(beta=0.2, desirable_weight=0.8, undesirable_weight=1.2),
+}  # fmt: skip
 OTHERS = {
     "probability_ratio": ProbabilityRatio(weight=WEIGHT, nll_tokens="all"),
     "cpo": Cpo(nll_average="token"),
     "simpo": Simpo(),
     "asft": Asft(weight=WEIGHT, nll_tokens="all", nll_average="token"),
+    **WITH_REFERENCE,
 }
+
+
+def groups_for(objective) -> list[Group]:
+    """`make_pairs` with all that the objective reads: a reference some way off, so that z₀ of kto is above 0."""
+    generator = random.Random(1)
+
+    def scored(group: Group) -> Group:
+        away = [-5.5 * len(each) + generator.gauss(0, 2) for each in group.responses]
+        return replace(group, reference_logps=tuple(away))
+
+    pairs = [scored(pair.first(objective.responses)) for pair in make_pairs()]
+    if objective.needs_labels:
+        others = [replace(pair, responses=pairs[place - 1].responses) for place, pair in enumerate(pairs)]
+        return [
+            replace(pair, desirable=place % 3 > 0, mismatched=scored(other))
+            for place, (pair, other) in enumerate(zip(pairs, others, strict=True))
+        ]
+    return [replace(pair, margin=generator.uniform(0, 3)) for pair in pairs]
+
+
+def plain_step(model, groups: Sequence[Group], objective):
+    """Loss and gradient by the papers' formulas: each sequence alone through the model, no packing, no micro-batch."""
+
+    def ratios(group: Group) -> list[torch.Tensor]:
+        found = []
+        for response, reference in zip(group.responses, group.reference_logps, strict=True):
+            ids = torch.tensor([[*group.prompt_ids, *response]])
+            logps = model(input_ids=ids, use_cache=False).logits[0, :-1].log_softmax(-1)
+            own = logps[torch.arange(ids.shape[1] - 1), ids[0, 1:]][-len(response) :]
+            found.append(own.sum() - reference)
+        return found
+
+    if isinstance(objective, Kto):
+        with torch.no_grad():
+            kl = torch.stack([ratios(group.mismatched)[0] for group in groups]).mean()
+        assert kl > 0.1
+    losses = []
+    for group in groups:
+        chosen, *rest = ratios(group)
+        delta = chosen - rest[0] if rest else None
+        match objective:
+            case Dpo():
+                loss = -torch.log(torch.sigmoid(objective.beta * delta))
+            case Ipo():
+                averages = chosen / len(group.responses[0]) - rest[0] / len(group.responses[1])
+                loss = (averages - 1 / (2 * objective.beta)) ** 2
+            case Sppo():
+                half = 1 / (2 * objective.beta)
+                loss = ((chosen - half) ** 2 + (rest[0] + half) ** 2) / 2
+            case Mmpo():
+                p, logit = 1 / (1 + math.exp(-objective.gamma * group.margin)), objective.beta * delta
+                loss = -p * torch.log(torch.sigmoid(logit)) - (1 - p) * torch.log(torch.sigmoid(-logit))
+            case Kto():
+                sign = 1 if group.desirable else -1
+                weight = objective.desirable_weight if group.desirable else objective.undesirable_weight
+                loss = weight * (1 - torch.sigmoid(objective.beta * sign * (chosen - kl)))
+        losses.append(loss)
+    loss = torch.stack(losses).mean()
+    loss.backward()
+    return {"loss": loss.detach()}, gradients_of(model)
+
+
+@pytest.mark.parametrize("objective", WITH_REFERENCE.values(), ids=WITH_REFERENCE)
+def test_a_step_with_a_reference_is_the_plain_formula(model, objective):
+    groups = groups_for(objective)
+    expected = plain_step(model, groups, objective)
+    assert max(grad.abs().max() for grad in expected[1].values()) > 1e-2  # there is something to compare
+    for microbatch_tokens in (TINY, MEDIUM, HUGE):
+        metrics, gradients = step_of(model, groups, objective, microbatch_tokens)
+        assert_same_step(({"loss": metrics["loss"]}, gradients), expected)
+
+
+def test_logps_are_summed_in_the_order_of_the_groups(model):
+    groups, scorer = make_pairs(), Scorer(model, "sdpa")
+    with torch.no_grad(), scorer.packed_attention():
+        alone = [
+            scores_of(scorer(packed), packed).logps_PN for packed in (pack_groups([each]) for each in groups)
+        ]
+        for microbatch_tokens in (TINY, MEDIUM, HUGE):
+            found_PN = summed_logps(scorer, groups, microbatch_tokens=microbatch_tokens, device=CPU)
+            torch.testing.assert_close(found_PN, torch.cat(alone), rtol=0, atol=1e-10)
+
+
+def test_ranks_shares_of_summed_logps_are_the_whole():
+    groups, options = make_pairs(), {"microbatch_tokens": MEDIUM, "device": CPU}
+    whole_PN = summed_logps(_Lookup(), groups, **options)
+    for count in (2, 4, 9):  # of nine ranks two score a dummy row
+        parts = [
+            summed_logps(_Lookup(), groups, ranks=_OneOfSeveral(index, count), **options)
+            for index in range(count)
+        ]
+        torch.testing.assert_close(sum(parts), whole_PN, rtol=1e-14, atol=0)
+
+
+def test_the_kl_estimate_of_kto_by_hand():
+    # Log-probs are minus the ids: −4 + 7 and −2 − 1 + 3 − 1, so a mean of 1; never below 0.
+    def group(answer, reference):
+        return Group(
+            (50,), ((9,),), "a", mismatched=Group((50,), (answer,), "a", reference_logps=(reference,))
+        )
+
+    options = {"microbatch_tokens": TINY, "device": CPU}
+    assert kl_estimate(_Lookup(), [group((4,), -7.0), group((2, 1), -2.0)], **options).item() == 1.0
+    assert kl_estimate(_Lookup(), [group((4,), 0.0)], **options).item() == 0.0
+    with pytest.raises(AssertionError, match="without the mismatched answers"):
+        kl_estimate(_Lookup(), HAND, **options)
 
 
 @pytest.mark.parametrize("objective", OTHERS.values(), ids=OTHERS)
 def test_a_step_of_any_objective_is_the_same_whatever_its_micro_batches(model, objective):
-    pairs = make_pairs()
+    pairs = groups_for(objective)
     expected = step_of(model, pairs, objective, HUGE)
     assert max(grad.abs().max() for grad in expected[1].values()) > 1e-2  # there is something to compare
     assert tuple(expected[0]) == objective.metrics
@@ -384,10 +502,12 @@ class _OneOfSeveral(Ranks):
 
 @pytest.mark.parametrize("objective", [objective_of("all", "token"), *OTHERS.values()], ids=["orpo", *OTHERS])
 @pytest.mark.parametrize("count", [2, 4, 7])
-def test_ranks_shares_make_the_same_step(objective, count):
-    pairs, found = make_pairs(), []
+def test_ranks_shares_make_the_same_step(objective, count, monkeypatch):
+    pairs, found = groups_for(objective), []
     for index in [None, *range(count)]:
         lookup = _Lookup()
+        if index is not None and objective.needs_kl:  # a sum over ranks too, which these don't make
+            monkeypatch.setattr(step, "kl_estimate", lambda *_, **__: found[0][0]["kl"])
         metrics = run_step(
             lookup, pairs, objective, microbatch_tokens=MEDIUM, device=CPU, backward=torch.Tensor.backward,
             ranks=Ranks() if index is None else _OneOfSeveral(index, count),
