@@ -355,9 +355,9 @@ def test_a_wrong_option_is_refused_by_one_message(refuse, script, arguments, mes
 # --- the table of results ---
 
 
-def test_the_readme_has_the_table_of_the_committed_results(bench):
+def test_the_page_has_the_table_of_the_committed_results(bench):
     table = bench("table")
-    text = table.README.read_text(encoding="utf-8")
+    text = table.PAGE.read_text(encoding="utf-8")
     rows = table.table(table.read(table.RESULTS))
     assert table.with_table(text, rows) == text, "run python scripts/bench/table.py"
     assert table.with_table(text, "other") != text

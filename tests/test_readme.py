@@ -1,4 +1,4 @@
-"""What the README tells people to type works, and what it says of the code is so."""
+"""What the README and its pages tell people to type works, and what they say of the code is so."""
 
 import json
 import os
@@ -15,7 +15,9 @@ import qorpo
 from qorpo.recipe import FIELDS, load_recipe
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / ".github" / "docs").glob("*.md"))]
+README, *_ = TEXTS = [page.read_text(encoding="utf-8") for page in PAGES]
+CONTRIBUTING = (ROOT / ".github" / "CONTRIBUTING.md").read_text(encoding="utf-8")
 QUICK = [
     "model.path=demo",
     "train.max_steps=2",
@@ -26,7 +28,13 @@ QUICK = [
 
 
 def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    return [block for text in TEXTS for block in re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)]
+
+
+def commands(start):
+    """The commands that begin so, each once, without their comments."""
+    lines = [line.split(" #")[0].strip() for block in blocks("bash") for line in block.splitlines()]
+    return list(dict.fromkeys(line for line in lines if line.startswith(start)))
 
 
 def run(command, folder):
@@ -52,10 +60,10 @@ def workplace(tmp_path):
 
 
 def test_the_recipe_shown_loads_and_shows_only_defaults():
-    text, *fragments = blocks("yaml")
+    whole, *fragments = sorted(map(yaml.safe_load, blocks("yaml")), key=len, reverse=True)
     for fragment in fragments:
-        load_recipe({"model": {"path": "x"}, "output": "x", **yaml.safe_load(fragment)})
-    shown = load_recipe(yaml.safe_load(text))
+        load_recipe({"model": {"path": "x"}, "output": "x", **fragment})
+    shown = load_recipe(whole)
     settings = {
         key: value
         for key, value in shown.values()
@@ -69,39 +77,30 @@ def test_the_recipe_shown_loads_and_shows_only_defaults():
 
 def test_the_data_commands_run(workplace, command, monkeypatch):
     monkeypatch.chdir(workplace)
-    lines = [line.split("#")[0].split() for block in blocks("bash") for line in block.splitlines()]
-    commands = [words[1:] for words in lines if words[:2] == ["qorpo", "data"]]
-    assert len(commands) == 3
-    for words in commands:
-        code, _, err = command(*words)
+    for line in commands("qorpo data"):
+        code, _, err = command(*shlex.split(line)[1:], QUICK[0])
         assert code == 0, err
     assert (workplace / "data.html").exists()
 
 
 @pytest.mark.slow
 def test_the_commands_run(workplace):
-    commands = [
-        line.split("#")[0]
-        for block in blocks("bash")
-        for line in block.splitlines()
-        if line.startswith("qorpo train")
-    ]
-    assert len(commands) == 2
-    assert "--resume" in commands[1]
-    for command in commands:
-        done = run([sys.executable, "-m", "qorpo", *shlex.split(command)[1:], *QUICK], workplace)
+    trainings = commands("qorpo train")
+    assert "--resume" in trainings[1]
+    for line in trainings:
+        done = run([sys.executable, "-m", "qorpo", *shlex.split(line)[1:], *QUICK], workplace)
         assert done.returncode == 0, done.stderr
     assert (workplace / "runs/mine/adapter/adapter_model.safetensors").exists()
-    files = re.search(r"runs/NAME/\n(.*?)```", README, re.DOTALL)[1]
+    files = next(found[1] for text in TEXTS if (found := re.search(r"runs/NAME/\n(.*?)```", text, re.DOTALL)))
     promised = [line.split()[0].rstrip("/") for line in files.splitlines()]
     assert sorted(promised) == sorted(path.name for path in (workplace / "runs/mine").iterdir())
 
-    merges = [
-        line.split("#")[0] for block in blocks("bash") for line in block.splitlines() if "qorpo merge" in line
-    ]
-    assert len(merges) == 3
-    for command in merges:
-        done = run([sys.executable, "-m", "qorpo", *shlex.split(command)[1:]], workplace)
+    first, *others = commands("qorpo merge")
+    for line in (first, "rm -r models/mine", *others):
+        words = shlex.split(line)
+        if words[0] == "qorpo":
+            words[:1] = [sys.executable, "-m", "qorpo"]
+        done = run(words, workplace)
         assert done.returncode == 0, done.stderr
     assert (workplace / "models/mine/model.safetensors").exists()
 
@@ -109,11 +108,8 @@ def test_the_commands_run(workplace):
 @pytest.mark.slow
 def test_the_plan_commands_run(workplace, command, monkeypatch):
     monkeypatch.chdir(workplace)
-    lines = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("qorpo plan")]
-    assert len(lines) == 4
-    for line in lines:
-        words = shlex.split(line.split("#")[0])[1:]
-        code, out, err = command(*words, *QUICK[:1], *QUICK[3:])
+    for line in commands("qorpo plan"):
+        code, out, err = command(*shlex.split(line)[1:], *QUICK[:1], *QUICK[3:])
         assert code == 0, err
         assert out.startswith("{" if "--json" in line else "model " if "--budgets" in line else "demo: fits")
 
@@ -138,7 +134,7 @@ def test_the_scripts_named_are_there():
 
 
 def test_the_tree_is_the_tree():
-    tree = README.split("## The tree")[1].split("```")[1].strip()
+    tree = CONTRIBUTING.split("## The tree")[1].split("```")[1].strip()
     for line in tree.splitlines():
         name, indent = line.split()[0], len(line) - len(line.lstrip())
         assert (ROOT / ("qorpo" if indent and name != "qorpo/" else "") / name).exists(), name
@@ -148,6 +144,16 @@ def test_the_tree_is_the_tree():
 
 
 def test_the_public_names_are_there():
-    for name in re.findall(r"`?qorpo\.(\w+)\b", README):
+    for name in re.findall(r"`?qorpo\.(\w+)\b", "".join(TEXTS)):
         modules = (ROOT / "qorpo" / f"{name}.py", ROOT / "qorpo" / name / "__init__.py")
         assert name in qorpo.__all__ or any(map(Path.exists, modules)) or name == "yaml", name
+
+
+def test_links_lead_somewhere():
+    for page, text in zip(PAGES, TEXTS, strict=True):
+        for target in re.findall(r"\]\((?!http|#)([^)#]+)", text):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_readme_is_short():
+    assert len(README.split()) <= 1100

@@ -1,6 +1,6 @@
-"""The README's table of results, from the JSON lines in results/: never by hand.
+"""The table of results in .github/docs/measured.md, from the JSON lines in results/: never by hand.
 
-    python scripts/bench/table.py            # write it between the README's two markers
+    python scripts/bench/table.py            # write it between the page's two markers
     python scripts/bench/table.py --check    # exit with 1 where it would change
 
 Of lines with the same bench, settings and device the last counts. Benches without a row here are told in words.
@@ -15,7 +15,7 @@ from typing import Any
 
 from _record import ROOT
 
-README, RESULTS = ROOT / "README.md", ROOT / "scripts" / "bench" / "results"
+PAGE, RESULTS = ROOT / ".github" / "docs" / "measured.md", ROOT / "scripts" / "bench" / "results"
 BEGIN, END = "<!-- made by scripts/bench/table.py -->", "<!-- end of the table -->"
 Line = dict[str, Any]
 
@@ -24,10 +24,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing")
     options = parser.parse_args()
-    before = README.read_text(encoding="utf-8")
+    before = PAGE.read_text(encoding="utf-8")
     after = with_table(before, table(read(RESULTS)))
     if not options.check:
-        README.write_text(after, encoding="utf-8")
+        PAGE.write_text(after, encoding="utf-8")
     return int(options.check and before != after)
 
 
