@@ -60,7 +60,7 @@ def workplace(tmp_path):
 
 
 def test_the_recipe_shown_loads_and_shows_only_defaults():
-    whole, *fragments = sorted(map(yaml.safe_load, blocks("yaml")), key=len, reverse=True)
+    whole, *fragments = sorted(map(yaml.safe_load, blocks("yaml")), key=lambda recipe: len(str(recipe)))[::-1]
     for fragment in fragments:
         load_recipe({"model": {"path": "x"}, "output": "x", **fragment})
     shown = load_recipe(whole)
@@ -157,3 +157,12 @@ def test_links_lead_somewhere():
 
 def test_the_readme_is_short():
     assert len(README.split()) <= 1100
+
+
+def test_the_keys_that_migrating_names_are_there():
+    table = (ROOT / ".github" / "docs" / "migrating.md").read_text(encoding="utf-8").split("## Keys")[1]
+    ours = [row.split("|")[1] for row in table.splitlines() if row.startswith("| `")]
+    named = [key for cell in ours for key in re.findall(r"`([a-z_.]+)", cell)]
+    assert len(named) > 30
+    for key in named:
+        assert key in FIELDS or key in ("full", "keep_end"), key
