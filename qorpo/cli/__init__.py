@@ -1,42 +1,32 @@
 """The `qorpo` command: each command calls the library, prints what it returns, and names its errors."""
 
-import contextlib
 import json
 import logging
 import os
 import sys
 import time
-import traceback
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.logging import RichHandler
 
+from qorpo.cli.common import (
+    FULL,
+    Debug,
+    Overrides,
+    RecipePath,
+    RemoteCode,
+    app,
+    log_to,
+    print_traceback,
+    printable_record,
+    quiet_bars_where_no_terminal,
+    say,
+)
 from qorpo.console import closing
 from qorpo.errors import Interrupted, QorpoError
 from qorpo.out_of_memory import advised
-from qorpo.printable import printable
-
-app = typer.Typer(
-    help="Align a language model with ORPO on one GPU: LoRA adapters on a 4-bit base, trained on preference pairs.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
-RecipePath = Annotated[str, typer.Argument(help="A recipe in YAML, such as configs/demo.yaml.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="KEY.SUB=VALUE", help="Changes to the recipe.")
-]
-FULL = ["tuning=full"]
-RemoteCode = Annotated[
-    bool,
-    typer.Option("--trust-remote-code", help="Run Python code that comes with the model, as the run did."),
-]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 def _say_version(is_asked: bool) -> None:
@@ -74,8 +64,8 @@ def train(
     from qorpo.training.progress import ConsoleProgress
 
     console = Console(stderr=True)
-    _log_to(console)
-    _quiet_bars_where_no_terminal()
+    log_to(console)
+    quiet_bars_where_no_terminal()
     # Imported here: torch and transformers take seconds that --help should not.
     from qorpo.recipe import load_recipe
     from qorpo.training.run import train as run
@@ -127,8 +117,8 @@ def data(
     debug: Debug = False,
 ) -> None:
     """Say what a recipe's data holds: kept, dropped and why, lengths, and pairs as the model sees them."""
-    _log_to(Console(stderr=True), logging.WARNING)
-    _quiet_bars_where_no_terminal()
+    log_to(Console(stderr=True), logging.WARNING)
+    quiet_bars_where_no_terminal()
     from qorpo.build import build_objective, chat_format_of, load_data
     from qorpo.data.inspect import as_dict, show_groups
     from qorpo.data.report import check_output, draw, save
@@ -191,8 +181,8 @@ def merge(
 ) -> None:
     """Merge a run's adapter into its base, tensor by tensor, and verify the result."""
     console = Console(stderr=True)
-    _log_to(console)
-    _quiet_bars_where_no_terminal()
+    log_to(console)
+    quiet_bars_where_no_terminal()
     from qorpo.merging.bytes_written import bytes_written
     from qorpo.merging.merge import merge as run
 
@@ -278,8 +268,8 @@ def judge(
 
 def main() -> None:
     """Run the command line: 2 for what the user can fix, 1 for a fault of qorpo's own, 130 when interrupted."""
-    logging.setLogRecordFactory(_printable_record)
-    sys.excepthook = _print_traceback
+    logging.setLogRecordFactory(printable_record)
+    sys.excepthook = print_traceback
     try:
         with advised("close what else needs memory, or take a machine with more"):
             app()
@@ -295,44 +285,3 @@ def main() -> None:
 
 
 SECONDS_FOR_THE_FIRST_RANK = 20
-
-
-def say(text: object, *, err: bool = False) -> None:
-    """Print what may quote a file, row or name, none of which may reach the terminal's controls."""
-    typer.echo(printable(str(text)), err=err)
-
-
-def _printable_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
-    """Log lines of all libraries too quote what a model's folder or a row says."""
-    record = logging.LogRecord(*args, **kwargs)
-    with contextlib.suppress(
-        TypeError, ValueError, KeyError
-    ):  # arguments that don't fit the library's own text
-        record.msg, record.args = printable(record.getMessage()), None
-    return record
-
-
-def _print_traceback(*error: Any) -> None:
-    say("".join(traceback.format_exception(*error)), err=True)
-
-
-def _log_to(console: Console, level: int = logging.INFO) -> None:
-    """qorpo's log lines to the console: above the bar on a terminal, unwrapped elsewhere."""
-    handler: logging.Handler = logging.StreamHandler(console.file)
-    if console.is_terminal:
-        handler = RichHandler(console=console, show_time=False, show_path=False, show_level=False)
-    if int(os.environ.get("RANK", "0")):
-        level = logging.ERROR  # of several ranks the first one tells
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
-    logging.getLogger("qorpo").setLevel(level)
-
-
-def _quiet_bars_where_no_terminal() -> None:
-    """The libraries' bars redraw their line, which is noise in a file."""
-    if sys.stderr.isatty():
-        return
-    import datasets
-    import transformers
-
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
