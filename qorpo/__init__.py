@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qorpo.data.sources import load_pairs
+    from qorpo.generation.generate import generate
+    from qorpo.generation.load import load
     from qorpo.merging.merge import merge
     from qorpo.objectives.orpo import orpo_loss
     from qorpo.ops.log_probs import token_logps
@@ -35,6 +37,8 @@ if sys.platform == "linux" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CO
 # Resolved on first use, so that `import qorpo` and `qorpo --help` don't wait for torch.
 _HOMES = {
     "Trainer": "qorpo.training.loop",
+    "generate": "qorpo.generation.generate",
+    "load": "qorpo.generation.load",
     "load_pairs": "qorpo.data.sources",
     "merge": "qorpo.merging.merge",
     "orpo_loss": "qorpo.objectives.orpo",
@@ -43,7 +47,7 @@ _HOMES = {
     "train": "qorpo.training.run",
 }
 
-__all__ = ["Trainer", "load_pairs", "merge", "orpo_loss", "plan", "token_logps", "train"]
+__all__ = ["Trainer", "generate", "load", "load_pairs", "merge", "orpo_loss", "plan", "token_logps", "train"]
 
 
 def __dir__() -> list[str]:

@@ -306,6 +306,22 @@ class Lock:
             return "another process"
 
 
+@contextmanager
+def owned_file(path: Path) -> Iterator[None]:
+    """A file that is there and that this process alone writes.
+
+    Raises:
+        RunError: where another process has it.
+    """
+    descriptor = _lock(path)
+    if descriptor is None:
+        raise RunError(f"{path}: another process is writing it; wait for it to end")
+    try:
+        yield
+    finally:
+        _unlock(descriptor)
+
+
 def recover(folder: Path) -> None:
     """Put a folder that is to be read in order after a kill, as `sweep` does, unless its owner is alive."""
     if folder.is_dir() and any(map(is_leftover, folder.iterdir())):

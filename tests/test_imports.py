@@ -1,6 +1,6 @@
 """Imports point one way, and what is to answer at once imports no torch.
 
-cli → training, merging → planning → engine, build → model → objectives, data → ops → errors. The imports are read from the source,
+cli → generation → training, merging → planning → engine, build → model → objectives, data → ops → errors. The imports are read from the source,
 those inside functions too, so nothing is missed that only runs where a GPU is.
 """
 
@@ -43,6 +43,7 @@ HEIGHTS = {
     "merging": 7,
     "evaluation": 9,
     "console": 1,
+    "generation": 8,
     "cli": 10,
     "__main__": 11,
     "__init__": 11,  # the public names, resolved on first use
@@ -56,6 +57,7 @@ READERS_OF_RECIPES = {
     "planning",
     "training",
     "merging",
+    "generation",
     "cli",
     "__init__",
 }

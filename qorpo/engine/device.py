@@ -56,6 +56,12 @@ def computes_bfloat16(device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def computing_device() -> torch.device:
+    """A card where one computes bfloat16, as training does; else the CPU."""
+    card = torch.device("cuda")
+    return card if torch.cuda.is_available() and computes_bfloat16(card) else torch.device("cpu")
+
+
 def unpaged(device: torch.device) -> str | None:
     """Why bitsandbytes' paged optimizers, which live in managed memory, can't be counted on; None where they can."""
     if device.type != "cuda" or torch.version.hip:

@@ -12,7 +12,7 @@ import torch
 
 from qorpo.build import build_objective
 from qorpo.data.groups import Group
-from qorpo.engine.device import computes_bfloat16
+from qorpo.engine.device import computing_device
 from qorpo.errors import DataError, QorpoError, RecipeError, RunError
 from qorpo.failed_write import failed_write
 from qorpo.identity import base_identity
@@ -209,7 +209,7 @@ def _pairs_to_verify_by(
         config = base.config.get_text_config()
         parameters = sum(prod(tensor.shape) for shard in plan.shards for tensor in shard.tensors)
         needed = memory_needed(parameters, config.vocab_size, config.hidden_size, pairs)
-        free = memory_free(_device())
+        free = memory_free(computing_device())
         if needed > free:
             raise RunError(f"verifying needs about {gib(needed)} of memory, and {gib(free)} are free")
     except QorpoError as problem:
@@ -231,7 +231,7 @@ def _verified(
         references.append("nf4")
     return verify_merged(
         output, base, [each.adapter for each in trained], pairs,
-        references=references, objective=build_objective(recipe.objective) if recipe else Orpo(), device=_device(),
+        references=references, objective=build_objective(recipe.objective) if recipe else Orpo(), device=computing_device(),
     )  # fmt: skip
 
 
@@ -253,9 +253,3 @@ def _unverified_until_the_end(output: Path) -> Iterator[None]:
                 f"{output / VERIFICATION}: could not be written ({failed.reason}); {failed.remedy}; {state}"
             ) from error
         raise
-
-
-def _device() -> torch.device:
-    """A card where one computes bfloat16, as training does."""
-    card = torch.device("cuda")
-    return card if torch.cuda.is_available() and computes_bfloat16(card) else torch.device("cpu")

@@ -140,10 +140,8 @@ def test_a_run_is_refused_before_its_data_and_its_model_are_read(recipe_dict, mo
     assert not (tmp_path / "run").exists()
 
 
-def test_merging_verifies_on_the_cpu_then(monkeypatch):
-    from qorpo.merging import merge
-
+def test_merging_and_generating_compute_on_the_cpu_then(monkeypatch):
     card(monkeypatch, "Tesla T4", 7, 5)
-    assert merge._device() == CPU
+    assert device.computing_device() == CPU
     card(monkeypatch, "NVIDIA A100", 8, 0)
-    assert merge._device() == CARD
+    assert device.computing_device() == CARD

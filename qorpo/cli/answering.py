@@ -1,0 +1,91 @@
+"""Commands that have a model answer: a file of prompts, or a person."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from qorpo.cli.common import Debug, RemoteCode, app, log_to, quiet_bars_where_no_terminal, say
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="A run's folder, an adapter, a merged folder, or any model: folder, hub id, or demo."
+    ),
+]
+Quantization = Annotated[
+    str, typer.Option(help="nf4, none, or auto: a run's base as it was trained, any other model none.")
+]
+Dtype = Annotated[
+    str, typer.Option(help="bfloat16, float32, or auto: float32 on the CPU, bfloat16 on a GPU.")
+]
+Base = Annotated[str | None, typer.Option(help="An adapter's base, where it is not where the adapter says.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub's model.")]
+AllowPickle = Annotated[
+    bool, typer.Option("--allow-pickle", help="Read .bin weights too (tensors only, no code).")
+]
+TopP = Annotated[float, typer.Option(help="Draw from the likeliest tokens of this probability together.")]
+Seed = Annotated[int, typer.Option(help="Of all draws; an answer's own depends on no other's.")]
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompts: Annotated[Path, typer.Option(help="A file of records with a prompt or messages each.")],
+    output: Annotated[Path, typer.Option(help="The file to write; after a kill the same command goes on.")],
+    format: Annotated[
+        str, typer.Option(help="jsonl, or a benchmark's files: alpaca_eval, mt_bench, ifeval.")
+    ] = "jsonl",
+    samples: Annotated[int, typer.Option(help="Answers a prompt.")] = 1,
+    temperature: Annotated[
+        float | None, typer.Option(help="0: the likeliest token; else as the format has it (jsonl: 0).")
+    ] = None,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(help="The most tokens of an answer; else as the format has it (jsonl: 1024)."),
+    ] = None,
+    engine: Annotated[
+        str, typer.Option(help="transformers, or vllm where it is installed.")
+    ] = "transformers",
+    batch_size: Annotated[int, typer.Option(min=1, help="The most answers at once.")] = 64,
+    quantization: Quantization = "auto",
+    dtype: Dtype = "auto",
+    base: Base = None,
+    revision: Revision = None,
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: RemoteCode = False,
+    debug: Debug = False,
+) -> None:
+    """Answer a file of prompts, each as a benchmark or a person asks it."""
+    console = Console(stderr=True)
+    log_to(console)
+    quiet_bars_where_no_terminal()
+    from qorpo.generation.answers_file import part_of
+    from qorpo.generation.generate import generate as run
+    from qorpo.generation.progress import answers_made
+
+    try:
+        with answers_made(console) as progress:
+            made = run(
+                model, prompts, output, format=format, samples=samples, temperature=temperature, top_p=top_p,
+                seed=seed, max_new_tokens=max_new_tokens, engine=engine, batch_size=batch_size,
+                quantization=quantization, dtype=dtype, base=base, revision=revision, allow_pickle=allow_pickle,
+                trust_remote_code=trust_remote_code, progress=progress,
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        kept = part_of(output)
+        way_on = f"; the same command goes on from {kept}" if kept.exists() else ""
+        say(f"qorpo: stopped{way_on}", err=True)
+        raise typer.Exit(130) from None
+    cut = sum(not answer.is_finished for answer in made.answers)
+    say(
+        f"answers: {made.output}"
+        + (f" ({cut} of {len(made.answers)} cut at the longest length)" if cut else "")
+    )
+    if made.seconds:
+        say(f"{made.tokens:,} tokens in {made.seconds:.0f} s, {made.tokens / made.seconds:,.0f} a second")
+    for command in ["", "next:", *(f"  {each}" for each in made.next_commands)] if made.next_commands else []:
+        say(command)
