@@ -13,7 +13,6 @@ from qorpo.data.shapes import Layout
 from qorpo.data.sources import load_pairs
 from qorpo.data.tokenize import ChatFormat, Limits, tokenize_pairs
 from qorpo.errors import DataError, RecipeError
-from qorpo.model.load import load_tokenizer, read_chat_template
 from qorpo.objectives.asft import Asft
 from qorpo.objectives.base import Objective
 from qorpo.objectives.cpo import Cpo
@@ -32,6 +31,11 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
 
 def chat_format_of(recipe: Recipe) -> ChatFormat:
     """The recipe's tokenizer and template."""
+    from qorpo.model.load import (  # here: a report builds an objective alone
+        load_tokenizer,
+        read_chat_template,
+    )
+
     keys = recipe.model
     tokenizer = load_tokenizer(keys.path, revision=keys.revision, trust_remote_code=keys.trust_remote_code)
     return ChatFormat(tokenizer, read_chat_template(keys.chat_template))

@@ -121,12 +121,13 @@ def data(
     quiet_bars_where_no_terminal()
     from qorpo.build import build_objective, chat_format_of, load_data
     from qorpo.data.inspect import as_dict, show_groups
-    from qorpo.data.report import check_output, draw, save
     from qorpo.recipe import load_recipe
+    from qorpo.reports.data_report import ENDINGS, draw, save
+    from qorpo.reports.page import check_output
 
     settings = load_recipe(recipe, overrides or [])
     if output is not None:
-        check_output(output)
+        check_output(output, ENDINGS)
     chat = chat_format_of(settings)
     found = load_data(settings, chat)
     learn_prompt = build_objective(settings.objective).scores_prompts
@@ -137,6 +138,27 @@ def data(
         say(json.dumps(as_dict(found, shown)))
     else:
         Console().print(draw(found, shown))
+
+
+@app.command()
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders; several are compared.")],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="The .html, .png or .json to write; else report.html in the run's folder, or here."
+        ),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Draw a run, or compare several: a page with a verdict, curves, and what was trained on what."""
+    _log_to(Console(stderr=True), logging.WARNING)
+    from qorpo.reports.write import write_report
+
+    written, verdicts = write_report(runs, output)
+    for line in verdicts:
+        say(line)
+    say(f"report: {written}")
 
 
 @app.command()

@@ -127,9 +127,9 @@ def _import_all() -> None:
 
     import qorpo.cli
     import qorpo.data.inspect
-    import qorpo.data.report
     import qorpo.merging.bytes_written
     import qorpo.merging.merge
+    import qorpo.reports.data_report
     import qorpo.training.export
     import qorpo.training.progress
     import qorpo.training.run  # noqa: F401

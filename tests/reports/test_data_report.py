@@ -2,14 +2,13 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 import qorpo
-from qorpo.data.report import REASONS
+from qorpo.reports.data_report import REASONS
 
 
 @pytest.fixture
@@ -91,13 +90,6 @@ def test_a_file_that_cannot_be_written_is_named_before_all_else(
     assert said in err
     assert "Traceback" not in err
     assert out == ""
-
-
-def test_png_without_matplotlib_says_what_to_install(command, recipe, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    code, _, err = command("data", recipe, "--output", tmp_path / "data.png")
-    assert code == 2
-    assert "pip install 'qorpo[plots]'" in err
 
 
 def test_a_set_of_ties_exits_with_the_counts(command, recipe, tmp_path):

@@ -1,12 +1,10 @@
 """Prepared data drawn for a person: tables, histograms and coloured pairs, on a terminal, as HTML or as PNG."""
 
-import io
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
@@ -14,13 +12,14 @@ from rich.text import Text
 from qorpo.data.inspect import ShownGroup, Span, Statistics, statistics
 from qorpo.data.prepare import PreparedData
 from qorpo.data.records import DataReport
-from qorpo.errors import DataError
-from qorpo.failed_write import FailedWrite, failed_write
 from qorpo.printable import printable
-from qorpo.storage import unfinished_of, write_bytes, write_text
+from qorpo.reports.charts import Bars, Chart, png
+from qorpo.reports.page import Page, Part, Section, check_output, write_output
+from qorpo.reports.page import Table as PageTable
 
 COLOURS = {"prompt": "cyan", "chosen": "green", "rejected": "red", "response": "green"}
 BAR_WIDTH = 18
+ENDINGS = (".html", ".png")
 
 # What each reason that records are dropped or noted for means.
 REASONS = {
@@ -74,67 +73,117 @@ def draw(data: PreparedData, shown: Sequence[ShownGroup] = ()) -> RenderableType
     for name, side in (("train", data.train), ("eval", data.eval)):
         if side is not None:
             found = statistics(side.groups)  # type: ignore[arg-type]
-            parts += [Rule(name), *_counts(side.report), *_numbers(found), _histogram(found)]
+            parts += [Rule(name), *_counts(side.report)]
+            parts += [Text(*each) for each in _numbers(found)]
+            parts.append(_histogram(found))
     if data.leaked_prompts:
-        parts.append(
-            Text(
-                f"{data.leaked_prompts:,} evaluation prompts occur in training too; its figures will flatter",
-                "bold red",
-            )
-        )
+        parts.append(Text(_leaked(data.leaked_prompts), "bold red"))
     if shown:
         parts += [Rule("pairs as the model sees them"), *_pairs(shown)]
     return Group(*parts)
 
 
-def check_output(path: Path) -> None:
-    """Raises DataError where `save` could not write: another ending, no matplotlib for PNG, or no file to be made."""
-    if path.suffix not in (".html", ".png"):
-        raise DataError(f"{path}: unknown extension {path.suffix!r}; expected .html or .png")
-    if path.suffix == ".png":
-        try:
-            import matplotlib.figure  # noqa: F401
-        except ImportError:
-            raise DataError(
-                f"{path}: PNG needs matplotlib; pip install 'qorpo[plots]', or give a .html"
-            ) from None
-    if path.is_dir():
-        raise DataError(f"{path}: is a folder; give the name of a file")
-    try:
-        unfinished_of(path).touch()
-        unfinished_of(path).unlink()
-    except OSError as error:
-        raise _unwritable(path, error) from error
-
-
 def save(path: Path, data: PreparedData, shown: Sequence[ShownGroup] = ()) -> None:
-    """Write what `draw` draws as .html, or the histograms as .png. Raises DataError as `check_output` does."""
-    check_output(path)
-    try:
-        if path.suffix == ".png":
-            picture = io.BytesIO()
-            _figure(data).savefig(picture, format="png")
-            write_bytes(path, picture.getvalue())
-        else:
-            console = Console(record=True, file=io.StringIO(), width=120)
-            console.print(draw(data, shown))
-            write_text(path, console.export_html(inline_styles=True))
-    except OSError as error:
-        raise _unwritable(path, error) from error
+    """Write what `draw` draws as .html, or the histograms as .png. Raises RunError as `check_output` does."""
+    page = data_page(data, shown)
+    check_output(path, ENDINGS)
+    write_output(
+        path, png(page.charts, page.title, columns=1) if path.suffix == ".png" else page.html().encode()
+    )
 
 
-def _unwritable(path: Path, error: OSError) -> DataError:
-    failed = failed_write(error) or FailedWrite(str(error), "fix that")
-    return DataError(f"{path}: can't be written ({failed.reason}); {failed.remedy}, or give another --output")
+def data_page(data: PreparedData, shown: Sequence[ShownGroup] = ()) -> Page:
+    sections = []
+    if data.whole is not None:
+        sections.append(
+            Section("Before the split", list(_counts_text(data.whole)), reason_tables(data.whole))
+        )
+    for name, side in (("train", data.train), ("eval", data.eval)):
+        if side is not None:
+            found = statistics(side.groups)  # type: ignore[arg-type]
+            text = [*_counts_text(side.report), *(line for line, _ in _numbers(found))]
+            tables = [*reason_tables(side.report), _lengths_table(found)]
+            sections.append(Section(name.capitalize(), text, tables, [_lengths_chart(name, found)]))
+    if shown:
+        pairs = [
+            (
+                _title_of(pair),
+                [(side, [_part(span, side) for span in spans]) for side, spans in pair.parts.items()],
+            )
+            for pair in shown
+        ]
+        legend = "Special tokens have a ground of their own; bold: the loss is over it; ⏎ a line break."
+        sections.append(Section("Pairs as the model sees them", [legend], pairs=pairs))
+    warnings = [_leaked(data.leaked_prompts)] if data.leaked_prompts else []
+    return Page("Preference data", warnings=warnings, sections=sections)
+
+
+def reason_tables(report: DataReport) -> list[PageTable]:
+    """Why records were dropped, or are worth a look, with the first few places of each reason."""
+    return [
+        PageTable(
+            ["reason", "count", "what it means", "such as"],
+            [
+                [reason, f"{count:,}", REASONS.get(reason, ""), ", ".join(report.examples.get(reason, []))]
+                for reason, count in sorted(counts.items(), key=lambda item: -item[1])
+            ],
+            title=title,
+            figures=False,
+        )
+        for title, counts in _reason_counts(report)
+    ]
+
+
+def _reason_counts(report: DataReport) -> list[tuple[str, Mapping[str, int]]]:
+    both = (("dropped", report.dropped), ("kept, but worth a look", report.noted))
+    return [(title, counts) for title, counts in both if counts]
+
+
+def _counts_text(report: DataReport) -> Iterator[str]:
+    yield f"read {report.read:,}, kept {report.kept:,}"
+    if cut := [f"{count:,} {side}" for side, count in report.cut.items() if count]:
+        yield f"cut to the length limits (no stop token is learned there): {', '.join(cut)}"
+
+
+def _leaked(count: int) -> str:
+    return f"{count:,} evaluation prompts occur in training too; its figures will flatter"
+
+
+def _lengths_table(found: Statistics) -> PageTable:
+    rows = [
+        [name, *(f"{getattr(lengths, name):,}" for lengths in found.lengths.values())]
+        for name in ("mean", "p50", "p90", "p99", "max")
+    ]
+    return PageTable(["tokens", *found.lengths], rows)
+
+
+def _lengths_chart(name: str, found: Statistics) -> Chart:
+    bars = [
+        Bars(side, lengths.edges, lengths.counts, colour)
+        for colour, (side, lengths) in enumerate(found.lengths.items())
+    ]
+    title = f"{name}: lengths of {found.pairs:,} pairs"
+    return Chart(title, bars, x_label="tokens", y_label="pairs", doubles=True)
+
+
+def _title_of(pair: ShownGroup) -> str:
+    return printable(pair.source) + (f" (cut: {', '.join(pair.cut)})" if pair.cut else "")
+
+
+def _part(span: Span, side: str) -> Part:
+    style = side + (" learned" if span.learned else "") + (" special" if span.special else "")
+    return Part(span.text.replace("\n", "⏎\n"), style)
+
+
+# --- on a terminal ---
 
 
 def _counts(report: DataReport) -> Iterator[RenderableType]:
-    yield Text(f"read {report.read:,}, kept {report.kept:,}")
-    for title, counts in (("dropped", report.dropped), ("kept, but worth a look", report.noted)):
-        if counts:
-            yield _reasons(title, counts, report.examples)
-    if cut := [f"{count:,} {side}" for side, count in report.cut.items() if count]:
-        yield Text(f"cut to the length limits (no stop token is learned there): {', '.join(cut)}")
+    read, *cut = _counts_text(report)
+    yield Text(read)
+    for title, counts in _reason_counts(report):
+        yield _reasons(title, counts, report.examples)
+    yield from map(Text, cut)
 
 
 def _reasons(title: str, counts: Mapping[str, int], examples: Mapping[str, list[str]]) -> Table:
@@ -149,18 +198,24 @@ def _reasons(title: str, counts: Mapping[str, int], examples: Mapping[str, list[
     return table
 
 
-def _numbers(found: Statistics) -> Iterator[RenderableType]:
+def _numbers(found: Statistics) -> Iterator[tuple[str, str]]:
+    """Sentences, each with a colour where it is a warning."""
     if found.chosen_longer is None or found.equally_long is None:
-        yield Text(f"{found.row_tokens:,} tokens")
+        yield f"{found.row_tokens:,} tokens", ""
         return
-    yield Text(
-        f"{found.row_tokens:,} tokens with each prompt once; twice it would be {found.separate_tokens:,}: "
-        f"{found.saved_by_sharing:.0%} saved"
+    yield (
+        (
+            f"{found.row_tokens:,} tokens with each prompt once; twice it would be {found.separate_tokens:,}: "
+            f"{found.saved_by_sharing:.0%} saved"
+        ),
+        "",
     )
     biased = not 0.4 <= found.chosen_longer + found.equally_long / 2 <= 0.6
-    yield Text(
-        f"chosen is the longer one in {found.chosen_longer:.1%} of the pairs, as long in {found.equally_long:.1%}"
-        + ("; the model may learn length from that" if biased else ""),
+    yield (
+        (
+            f"chosen is the longer one in {found.chosen_longer:.1%} of the pairs, as long in {found.equally_long:.1%}"
+            + ("; the model may learn length from that" if biased else "")
+        ),
         "yellow" if biased else "",
     )
 
@@ -190,8 +245,7 @@ def _pairs(shown: Sequence[ShownGroup]) -> Iterator[RenderableType]:
         ("special token", "reverse"), "  ", ("bold: the loss is over it", "bold"), "  ⏎ a line break",
     )  # fmt: skip
     for pair in shown:
-        title = printable(pair.source) + (f" (cut: {', '.join(pair.cut)})" if pair.cut else "")
-        yield Rule(Text(title), style="dim")
+        yield Rule(Text(_title_of(pair)), style="dim")
         for side, spans in pair.parts.items():
             yield Text.assemble((f"{side:>8} ", "dim"), *(_span(span, side) for span in spans))
 
@@ -199,18 +253,3 @@ def _pairs(shown: Sequence[ShownGroup]) -> Iterator[RenderableType]:
 def _span(span: Span, side: str) -> tuple[str, str]:
     style = COLOURS[side] + (" bold" if span.learned else "") + (" reverse" if span.special else "")
     return printable(span.text).replace("\n", "⏎\n"), style
-
-
-def _figure(data: PreparedData) -> Any:
-    from matplotlib.figure import Figure
-
-    sides: list[tuple[str, Any]] = [("train", data.train), ("eval", data.eval)]
-    sides = [(name, statistics(side.groups)) for name, side in sides if side is not None]
-    figure = Figure(figsize=(9, 3.5 * len(sides)), layout="constrained")
-    for axes, (name, found) in zip(figure.subplots(len(sides), squeeze=False)[:, 0], sides, strict=True):
-        for side, lengths in found.lengths.items():
-            axes.stairs(lengths.counts, lengths.edges, label=side, color=COLOURS[side], linewidth=2)
-        axes.set(xscale="log", xlabel="tokens", ylabel="pairs", title=f"{name}: {found.pairs:,} pairs")
-        axes.set_xticks(found.lengths["prompt"].edges, [str(edge) for edge in found.lengths["prompt"].edges])
-        axes.legend()
-    return figure
