@@ -141,27 +141,6 @@ def data(
 
 
 @app.command()
-def report(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders; several are compared.")],
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            help="The .html, .png or .json to write; else report.html in the run's folder, or here."
-        ),
-    ] = None,
-    debug: Debug = False,
-) -> None:
-    """Draw a run, or compare several: a page with a verdict, curves, and what was trained on what."""
-    _log_to(Console(stderr=True), logging.WARNING)
-    from qorpo.reports.write import write_report
-
-    written, verdicts = write_report(runs, output)
-    for line in verdicts:
-        say(line)
-    say(f"report: {written}")
-
-
-@app.command()
 def merge(
     adapter: Annotated[
         str, typer.Argument(metavar="RUN_OR_ADAPTER", help="A run's folder, or an adapter in PEFT's format.")

@@ -35,7 +35,7 @@ def test_differences_are_paired_and_marked_where_sure(runs):
     assert first[:2] == ["a", "40"]
     assert "Δ" not in first[3]
     # The noise of a pair is the same in both runs, so the difference of each pair is exactly -0.1.
-    assert second[3] == "0.500, Δ -0.100 (-0.100 to -0.100) ●"
+    assert second[3] == "0.50, Δ -0.10 (-0.10 to -0.10) ●"
     assert "Δ" not in third[3]  # of other pairs
 
 
