@@ -288,4 +288,5 @@ def main() -> None:
 SECONDS_FOR_THE_FIRST_RANK = 20
 
 
-import qorpo.cli.answering  # noqa: E402, F401 (last: its commands come after these in the help)
+import qorpo.cli.answering  # noqa: E402 (last: its commands come after these in the help)
+import qorpo.cli.reporting  # noqa: E402, F401
