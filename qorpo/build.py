@@ -5,13 +5,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from qorpo.data.chat_format import ChatFormat
 from qorpo.data.groups import Group, TokenizedData
 from qorpo.data.locate import Source, Sources
 from qorpo.data.prepare import PreparedData, prepare_pairs
 from qorpo.data.records import Example
 from qorpo.data.shapes import Layout
 from qorpo.data.sources import load_pairs
-from qorpo.data.tokenize import ChatFormat, Limits, tokenize_pairs
+from qorpo.data.tokenize import Limits, tokenize_pairs
 from qorpo.errors import DataError, RecipeError
 from qorpo.objectives.asft import Asft
 from qorpo.objectives.base import Objective

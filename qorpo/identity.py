@@ -14,8 +14,8 @@ from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 
+from qorpo.data.chat_format import ChatFormat
 from qorpo.data.groups import TokenizedData
-from qorpo.data.tokenize import ChatFormat
 from qorpo.errors import ModelError
 from qorpo.manifest import fingerprint
 from qorpo.model.load import model_source

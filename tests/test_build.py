@@ -8,8 +8,9 @@ import pytest
 from helpers.tiny import make_tokenizer, preference_records
 
 from qorpo.build import OBJECTIVES, build_objective, tokenized
+from qorpo.data.chat_format import ChatFormat
 from qorpo.data.sources import load_pairs
-from qorpo.data.tokenize import ChatFormat, Limits, tokenize_pairs
+from qorpo.data.tokenize import Limits, tokenize_pairs
 from qorpo.errors import DataError
 from qorpo.recipe import OBJECTIVES as RECIPES
 from qorpo.recipe import load_recipe

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from qorpo.data.chat_format import ChatFormat
 from qorpo.data.groups import Group, part_names
 from qorpo.data.prepare import PreparedData
 from qorpo.data.token_table import ArrowGroups
-from qorpo.data.tokenize import ChatFormat
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from qorpo.data.chat_format import ChatFormat
 from qorpo.data.filters import digest, hold_out, prompt_key
 from qorpo.data.groups import TokenizedData, tokens_report
 from qorpo.data.locate import RecordFile, Sources, open_sources
@@ -26,7 +27,7 @@ from qorpo.data.records import DataReport, Demonstration, Example, PreferencePai
 from qorpo.data.shapes import Layout
 from qorpo.data.sources import OnBadRecord, iter_examples
 from qorpo.data.token_table import ArrowGroups, arrow_schema, read_table
-from qorpo.data.tokenize import ChatFormat, Limits, tokenize_batch
+from qorpo.data.tokenize import Limits, tokenize_batch
 from qorpo.errors import DamageError, DataError
 from qorpo.failed_write import failed_write
 from qorpo.manifest import MANIFEST, check_folder, write_manifest

@@ -12,7 +12,7 @@ from huggingface_hub import snapshot_download
 from transformers import AutoConfig
 
 from qorpo.build import with_remote_code
-from qorpo.data.tokenize import ChatFormat
+from qorpo.data.chat_format import ChatFormat
 from qorpo.errors import DamageError, ModelError, RunError
 from qorpo.identity import base_identity, chat_identity, differences
 from qorpo.manifest import MANIFEST, check_folder

@@ -16,9 +16,10 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
 from qorpo.build import limits_of, load_data, turns_of
+from qorpo.data.chat_format import ChatFormat
 from qorpo.data.groups import Group, row_tokens
 from qorpo.data.sources import load_pairs
-from qorpo.data.tokenize import ChatFormat, tokenize_pairs
+from qorpo.data.tokenize import tokenize_pairs
 from qorpo.engine.step import run_step
 from qorpo.merging.adapter import Adapter
 from qorpo.merging.source import Base

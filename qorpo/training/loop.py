@@ -15,11 +15,11 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qorpo.build import build_objective, tokenized
+from qorpo.data.chat_format import ChatFormat
 from qorpo.data.groups import Group, GroupLengths, TokenizedData
 from qorpo.data.locate import Sources
 from qorpo.data.records import Example
 from qorpo.data.token_table import longest_group
-from qorpo.data.tokenize import ChatFormat
 from qorpo.engine.device import resolve_on
 from qorpo.engine.distributed import as_on_main, from_main, make_accelerator, ranks_of, reshard, runs_on
 from qorpo.engine.optim import make_optimizer, make_schedule, take_rate

@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel
 
-from qorpo.data.tokenize import ChatFormat
+from qorpo.data.chat_format import ChatFormat
 from qorpo.engine.distributed import gathered
 
 

@@ -25,10 +25,11 @@ import torch
 from _peers import add_run_options, compare_runs_of, job_of, runs_of, settings_of
 from _record import add_output_option, check_device, count
 
+from qorpo.data.chat_format import ChatFormat
 from qorpo.data.groups import Group
 from qorpo.data.records import PreferencePair
 from qorpo.data.sources import load_pairs
-from qorpo.data.tokenize import ChatFormat, Limits, tokenize_pairs
+from qorpo.data.tokenize import Limits, tokenize_pairs
 from qorpo.model.load import load_tokenizer
 
 TARGETS = {"as-is": {"speed": 2.0}, "multi-turn": {"speed": 3.0, "memory": 1.0}}

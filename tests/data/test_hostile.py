@@ -13,10 +13,10 @@ from helpers.tiny import CHAT_TEMPLATE, make_tokenizer
 
 from qorpo.data import bounds, files
 from qorpo.data.bounds import stays_within_bounds
+from qorpo.data.chat_format import ChatFormat
 from qorpo.data.files import read_records
 from qorpo.data.records import BadRecord
 from qorpo.data.sources import load_pairs
-from qorpo.data.tokenize import ChatFormat
 from qorpo.errors import DataError
 
 RECORD = {"prompt": "Q", "chosen": "good", "rejected": "bad"}
@@ -293,7 +293,7 @@ def test_a_dataset_that_can_be_read_only_once_is_refused():
 )
 def test_templates_that_fail_end_in_one_message_soon(monkeypatch, template, said):
     monkeypatch.setattr(bounds, "SECONDS", 1)
-    monkeypatch.setattr("qorpo.data.tokenize.SECONDS", 1)
+    monkeypatch.setattr("qorpo.data.chat_format.SECONDS", 1)
     started = time.monotonic()
     with pytest.raises(DataError, match=said):
         ChatFormat(make_tokenizer(), template)

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from helpers.tiny import make_tokenizer
 
+from qorpo.data.chat_format import ChatFormat
 from qorpo.data.inspect import as_dict, show_groups, statistics
 from qorpo.data.prepare import prepare_pairs
 from qorpo.data.shapes import Layout
-from qorpo.data.tokenize import ChatFormat, Limits
+from qorpo.data.tokenize import Limits
 
 RECORDS = [
     {"prompt": "What?", "chosen": "aaaa", "rejected": "b"},

@@ -13,13 +13,14 @@ import pytest
 from helpers.tiny import make_tokenizer
 
 from qorpo.data import prepare
+from qorpo.data.chat_format import ChatFormat
 from qorpo.data.filters import prompt_key
 from qorpo.data.locate import Source
 from qorpo.data.prepare import prepare_pairs
 from qorpo.data.shapes import Layout
 from qorpo.data.sources import load_pairs
 from qorpo.data.token_table import largest_token_id, longest_group, longest_sequence
-from qorpo.data.tokenize import ChatFormat, Limits, tokenize_pairs
+from qorpo.data.tokenize import Limits, tokenize_pairs
 from qorpo.errors import DataError
 from qorpo.manifest import MANIFEST
 from qorpo.storage import unfinished_of, whole_folder

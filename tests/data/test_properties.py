@@ -7,10 +7,11 @@ from helpers.tiny import make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qorpo.data.chat_format import ChatFormat
 from qorpo.data.filters import digest, hold_out
 from qorpo.data.shapes import ALIASES
 from qorpo.data.sources import load_pairs
-from qorpo.data.tokenize import ChatFormat, Limits, tokenize_batch
+from qorpo.data.tokenize import Limits, tokenize_batch
 from qorpo.errors import DataError
 
 # Any text, lone surrogates too; and values that look like what readers look for.

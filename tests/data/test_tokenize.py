@@ -16,9 +16,10 @@ from tokenizers import (
 )
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from qorpo.data.chat_format import BOS_TEMPLATE, PLAIN_TEMPLATE, ChatFormat
 from qorpo.data.records import DataReport, PairSet, PreferencePair
 from qorpo.data.sources import load_pairs
-from qorpo.data.tokenize import BOS_TEMPLATE, PLAIN_TEMPLATE, ChatFormat, Limits, tokenize_pairs
+from qorpo.data.tokenize import Limits, tokenize_pairs
 from qorpo.errors import DataError
 
 SHARED = Path(__file__).parents[2].parent / "shared"
