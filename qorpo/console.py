@@ -17,7 +17,7 @@ def closing(result: Any) -> list[str]:
     The held-out metrics at the start, at the best and at the end stand side by side, and beside them the last step's.
     """
     best = result.best_step
-    lines = [f"{'model' if result.trainer.is_full else 'adapter'}: {result.trained}"]
+    lines = [f"{result.trained.name}: {result.trained}"]
     columns = {}
     if result.evaluations:
         last = max(result.evaluations)
@@ -65,6 +65,6 @@ def _next_commands(result: Any) -> list[str]:
     run, length = shlex.quote(str(result.output)), result.trainer.recipe.train
     longer = f"max_steps={2 * result.steps}" if length.max_steps else f"epochs={length.epochs + 1:g}"
     go_on = f"qorpo train {run}/recipe.yaml --resume train.{longer}   # to train on"
-    if result.trainer.is_full:
+    if result.trainer.recipe.tuning == "full":
         return [go_on]
     return [f"qorpo merge {run} --output {run}-merged   # one model, in the base's weights", go_on]

@@ -463,15 +463,14 @@ def test_no_step_waits_for_the_device_but_in_the_optimizer(tmp_path, monkeypatch
     monkeypatch.setattr(
         bnb, "sync_gpu", lambda tensor: (waits.append("bitsandbytes: sync_gpu"), wait(tensor))
     )
-    trainer.model.train()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        means = trainer._within_memory(trainer.groups_of_step(0), trainer.accelerator.backward, seed=0)
+        means = trainer.session.backward(trainer.groups_of_step(0), trainer.objective, seed=0)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert waits == []
-    trainer.optimizer.step()
-    assert len(waits) == len(trainer.trained) + 1
+    trainer.session.optimizer.step()
+    assert len(waits) == len(trainer.session.trained) + 1
     assert torch.isfinite(means["loss"])
     assert torch.isfinite(means["grad_norm"])
 
@@ -486,13 +485,13 @@ def test_offload_changes_no_loss_and_no_gradient_and_takes_the_inputs_off_the_ca
         )
         fresh_card()
         trainer.model.train()
-        with trainer._unwrapped.packed_attention():
+        with trainer.session.unwrapped.packed_attention():
             means = run_step(
-                trainer.scorer, trainer.train_pairs, trainer.objective, backward=torch.Tensor.backward,
+                trainer.session.scorer, trainer.train_pairs, trainer.objective, backward=torch.Tensor.backward,
                 microbatch_tokens=2000, device=DEVICE,
             )  # fmt: skip
         peaks.append(torch.cuda.max_memory_allocated())
-        gradients = torch.cat([parameter.grad.flatten() for parameter in trainer.trained])
+        gradients = torch.cat([parameter.grad.flatten() for parameter in trainer.session.trained])
         found.append((means["loss"].item(), gradients))
     (kept_loss, kept), (moved_loss, moved) = found
     assert moved_loss == pytest.approx(kept_loss, rel=1e-6)

@@ -9,38 +9,24 @@ step, so no random state is needed to go on exactly.
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
-import torch
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch.utils._pytree import tree_map
-
-from qorpo.engine.distributed import Ranks, all_agree, gathered, sharded_like
-from qorpo.engine.optim import load_optimizer_state
+from qorpo.engine.distributed import all_agree
 from qorpo.errors import DamageError, RunError
 from qorpo.identity import differences
 from qorpo.manifest import MANIFEST, check_folder, read_manifest, write_manifest
-from qorpo.out_of_memory import is_out_of_memory
 from qorpo.training.run_folder import RunFolder
-from qorpo.training.saving import save_adapter
-from qorpo.training.sharded import hashes_of_all_ranks, load_parameters, load_shards, save_shards
+from qorpo.training.session import Session
+from qorpo.training.sharded import hashes_of_all_ranks
 
 logger = logging.getLogger(__name__)
 
 STATE = "state.json"
-# What libraries raise where a file is not what it should be.
-UNREADABLE = (
-    OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, EOFError, RuntimeError, UnpicklingError,
-    SafetensorError,
-)  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -57,28 +43,13 @@ class Checkpoints:
 
     Args:
         folder: the run's.
-        model: what trains, inside of `scorer`, which may be wrapped and sharded.
-        is_full: all parameters train, and each rank writes its shards of them; else the adapter, written whole.
-        keep: so many of the latest are kept, and the best.
+        session: what trains, with its optimizer and schedule.
         belongs_to: the run's `identity`, by which a checkpoint of another one is told.
     """
 
-    def __init__(
-        self,
-        folder: RunFolder,
-        model: Any,
-        scorer: Any,
-        optimizer: torch.optim.Optimizer,
-        schedule: Any,
-        ranks: Ranks,
-        *,
-        is_full: bool,
-        keep: int,
-        belongs_to: Mapping[str, Any],
-    ):
-        self.folder, self.model, self.scorer = folder, model, scorer
-        self.optimizer, self.schedule, self.ranks = optimizer, schedule, ranks
-        self.is_full, self.keep, self.belongs_to = is_full, keep, belongs_to
+    def __init__(self, folder: RunFolder, session: Session, *, belongs_to: Mapping[str, Any]):
+        self.folder, self.session, self.belongs_to = folder, session, belongs_to
+        self.keep = session.recipe.train.keep_checkpoints  # so many of the latest, and the best
         self.checked: int | None = None  # the step of one that was held to its manifest already
         # One that ranks are writing: when this rank's files are written, with their hashes; its folder, and what then
         # names it; and the best step it knows of.
@@ -97,16 +68,14 @@ class Checkpoints:
             if folder.is_main:
                 text = json.dumps(asdict(state)) + "\n"
                 (unfinished / STATE).write_text(text, encoding="utf-8")
-            if not self.is_full:
-                save_checkpoint(unfinished, self.model, self.optimizer, self.schedule, folder.is_main)
-            else:
-                if folder.is_main:
-                    save_tensors(unfinished / "schedule.pt", {"schedule": self.schedule.state_dict()})
-                # Before step 1 the optimizer has no state, and asking for it would count as a step of it.
-                optimizer = self.optimizer if state.step else None
-                if writing := save_shards(unfinished, self.scorer, optimizer):
-                    self._unfinished = writing, unfinished, stack.pop_all(), state.best_step
-                    return
+            session = self.session
+            writing = session.weights.write(
+                unfinished, session.scorer, session.optimizer.optimizer, session.schedule,
+                step=state.step, is_main=folder.is_main,
+            )  # fmt: skip
+            if writing is not None:
+                self._unfinished = writing, unfinished, stack.pop_all(), state.best_step
+                return
             self.seal(unfinished, folder=folder)
         folder.prune_checkpoints(self.keep, state.best_step)
 
@@ -115,7 +84,7 @@ class Checkpoints:
         if self._unfinished is None:
             return
         writing, unfinished, stack, best_step = self._unfinished
-        if not wait and not self.ranks.all_are(writing.done()):
+        if not wait and not self.session.ranks.all_are(writing.done()):
             return
         self._unfinished = None
         with stack:
@@ -141,7 +110,7 @@ class Checkpoints:
         Raises:
             QorpoError: as `check_checkpoint`, on all ranks, where any rank finds something wrong.
         """
-        share = self.ranks.index, self.ranks.count
+        share = self.session.ranks.index, self.session.ranks.count
         all_agree(lambda: check_checkpoint(self.folder.checkpoint(step), self.belongs_to, share))
 
     def load_latest(self) -> TrainState | None:
@@ -152,11 +121,11 @@ class Checkpoints:
         if steps[-1] != self.checked:
             self.check(steps[-1])
         latest = self.folder.checkpoint(steps[-1])
-        if self.is_full:
-            load_sharded_checkpoint(latest, self.scorer, self.optimizer, self.schedule)
-        else:
-            load_checkpoint(latest, self.model, self.optimizer, self.schedule)
         state = read_state(latest)
+        session = self.session
+        session.weights.read(
+            latest, session.scorer, session.optimizer.optimizer, session.schedule, step=state.step
+        )
         logger.info("resumed from %s", latest)
         if state.best_step is not None and state.best_step not in steps:
             logger.warning(
@@ -170,9 +139,7 @@ class Checkpoints:
         """Put the weights of the best step into the model."""
         assert state.best_step is not None
         self.check(state.best_step)
-        best = self.folder.checkpoint(state.best_step)
-        with readable(best):
-            load_parameters(best, self.scorer) if self.is_full else load_adapter(best, self.model)
+        self.session.weights.load(self.folder.checkpoint(state.best_step), self.session.scorer)
 
 
 def check_checkpoint(
@@ -236,76 +203,3 @@ def read_state(folder: Path) -> TrainState:
             f"{path}: is damaged ({reason}); remove {folder} to go on from the checkpoint before it"
         ) from error
     return TrainState(**found)
-
-
-def save_checkpoint(
-    folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer, schedule: Any, is_main: bool = True
-) -> None:
-    """Write adapter, optimizer and schedule into an existing folder; where sharded, all ranks together."""
-    save_adapter(folder, model, is_main)
-    optimizer_state = tree_map(gathered, optimizer.state_dict())
-    if is_main:
-        save_tensors(
-            folder / "optimizer.pt", {"optimizer": optimizer_state, "schedule": schedule.state_dict()}
-        )
-
-
-def save_tensors(path: Path, content: Any) -> None:
-    with path.open("wb") as file:  # given a path, torch.save says nothing of why a write failed
-        torch.save(content, file)
-
-
-def load_checkpoint(folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer, schedule: Any) -> None:
-    """Put a checkpoint's values into the objects of a fresh run.
-
-    Raises:
-        QorpoError: where the checkpoint is damaged or belongs to another recipe.
-    """
-    with readable(folder):
-        load_adapter(folder, model)
-        saved = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-        load_optimizer_state(optimizer, saved["optimizer"])
-        schedule.load_state_dict(saved["schedule"])
-
-
-def load_sharded_checkpoint(
-    folder: Path, scorer: Any, optimizer: torch.optim.Optimizer, schedule: Any
-) -> None:
-    """Put a checkpoint of all parameters into the objects of a fresh run, all ranks together.
-
-    Raises:
-        QorpoError: where the checkpoint is damaged or belongs to another recipe.
-    """
-    with readable(folder):
-        if read_state(folder).step == 0:
-            load_parameters(folder, scorer)
-            return
-        load_shards(folder, scorer, optimizer)
-        schedule.load_state_dict(torch.load(folder / "schedule.pt", weights_only=True)["schedule"])
-
-
-def load_adapter(folder: Path, model: PeftModel) -> None:
-    """Put saved adapter weights into a model with the same adapter."""
-    weights = load_file(folder / "adapter_model.safetensors", device="cpu")
-    own = get_peft_model_state_dict(model, save_embedding_layers=False)
-    weights = {name: sharded_like(weight, own.get(name)) for name, weight in weights.items()}
-    outcome: Any = set_peft_model_state_dict(model, weights)
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if strange := outcome.unexpected_keys or sorted(trained & set(outcome.missing_keys)):
-        raise RunError(
-            f"{folder}: does not fit the recipe's adapter (such as {strange[0]}); resume with the run's own recipe"
-        )
-
-
-@contextmanager
-def readable(folder: Path) -> Iterator[None]:
-    """Turns what libraries raise while they read a checkpoint into a RunError that names it."""
-    try:
-        yield
-    except UNREADABLE as error:
-        if is_out_of_memory(error):
-            raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise RunError(
-            f"{folder}: can't be read: {reason}; remove that folder to go on from the one before it"
-        ) from error

@@ -14,10 +14,11 @@ from qorpo.manifest import write_manifest
 from qorpo.model.load import load_config
 from qorpo.recipe import load_recipe
 from qorpo.storage import output_folder, recover, sweep
-from qorpo.training.checkpoint import check_checkpoint, check_same, read_state, readable
+from qorpo.training.checkpoint import check_checkpoint, check_same, read_state
 from qorpo.training.run_folder import RunFolder
 from qorpo.training.saving import save_parameters, save_tokenizer
 from qorpo.training.sharded import SHARDS, read_parameters
+from qorpo.training.weights import readable
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

@@ -34,16 +34,16 @@ def _ended(trainer: Any, error: BaseException) -> RunError:
     step, shortage = trainer.state.step + 1, f"({shortage_of(error)})"
     if isinstance(error, StepTooLargeError):
         shortage = f"with one pair a micro-batch {shortage}"
-    if trainer.ranks.count > 1:
-        shortage = f"on rank {trainer.ranks.index} {shortage}"
+    if trainer.session.ranks.count > 1:
+        shortage = f"on rank {trainer.session.ranks.index} {shortage}"
     _let_go_of(error)
     folder = RunFolder(trainer.folder.path)  # without waiting: other ranks are in the midst of the step
     if trainer.is_whole:
         _save(trainer, folder)
     advice = (
         f"lower memory.microbatch_tokens ({trainer.recipe.memory.microbatch_tokens}) or data.max_length, or take more GPUs"
-        if trainer.is_sharded
-        else advice_for(trainer.recipe, trainer.model, trainer.longest_group, trainer.dtype)
+        if trainer.session.is_sharded
+        else advice_for(trainer.recipe, trainer.model, trainer.session.longest, trainer.session.dtype)
     )
     steps = folder.checkpoint_steps()
     kept = f"{folder.checkpoint(steps[-1])} holds the run so far" if steps else "nothing was saved yet"
@@ -56,7 +56,9 @@ def _ended(trainer: Any, error: BaseException) -> RunError:
 
 
 def _save(trainer: Any, folder: RunFolder) -> None:
-    if trainer.ranks.count > 1 and (trainer.is_full or trainer.is_sharded):
+    if trainer.session.ranks.count > 1 and (
+        trainer.session.weights.is_written_by_all or trainer.session.is_sharded
+    ):
         return  # each rank has a part of it
     try:
         trainer.flush_metrics()  # on disk before the checkpoint that counts on them

@@ -131,7 +131,7 @@ def _train(folder: RunFolder, recipe: Recipe, resume: bool, progress: Progress |
     metrics = trainer.train(resume=resume)
     return TrainResult(
         output=folder.path,
-        trained=folder.model if recipe.tuning == "full" else folder.adapter,
+        trained=trainer.result,
         steps=trainer.total_steps,
         best_step=trainer.state.best_step,
         metrics=metrics,

@@ -7,6 +7,8 @@ import time
 from types import FrameType
 from typing import Any
 
+from qorpo.engine.distributed import Ranks
+
 logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -30,6 +32,17 @@ class StopSignals:
             for number in SIGNALS:
                 self._before[number] = signal.signal(number, self._note)
         return self
+
+    def agreed(self, ranks: Ranks, waited: bool) -> signal.Signals | None:
+        """The signal that came to this rank or another; None where the run goes on.
+
+        Several ranks agree only where they have `waited` for the device anyway.
+        """
+        if ranks.count == 1:
+            return self.received
+        if not waited or ranks.all_are(self.received is None):
+            return None
+        return self.received or signal.SIGTERM
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():

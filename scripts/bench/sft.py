@@ -98,9 +98,9 @@ def run(options: argparse.Namespace, name: str) -> dict[str, Any]:
         model = load_model(options.base, quantization=options.quantization)
         clock = Clock("cpu")
         trainer = Trainer(model, chat.tokenizer, wanted, data.train, progress=clock)
-        before = score(trainer.scorer, held_out.groups, Orpo())
+        before = score(trainer.session.scorer, held_out.groups, Orpo())
         means = trainer.train()
-        after = score(trainer.scorer, held_out.groups, Orpo())
+        after = score(trainer.session.scorer, held_out.groups, Orpo())
         steps = [trainer.groups_of_step(step) for step in range(SPEED_FROM, options.steps)]
     tokens = sum(row_tokens(group) for groups in steps for group in groups)
     (start, _), (end, _) = clock.step_ends[SPEED_FROM - 1], clock.step_ends[-1]

@@ -158,7 +158,9 @@ def matmul_rate(device: str, dtype: torch.dtype) -> float:
 
 
 def planned_and_paged(trainer: Trainer, model: nn.Module, longest: GroupLengths) -> dict[str, float]:
-    states = (tensor for state in trainer.optimizer.optimizer.state.values() for tensor in state.values())
+    states = (
+        tensor for state in trainer.session.optimizer.optimizer.state.values() for tensor in state.values()
+    )
     paged_bytes = sum(tensor.nbytes for tensor in states if getattr(tensor, "is_paged", False))
     return {
         "planned_gib": planned_bytes(trainer.recipe, model, longest) / GIB,

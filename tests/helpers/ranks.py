@@ -23,12 +23,13 @@ from transformers import AutoModelForCausalLM
 import qorpo
 import qorpo.training.loop as loop
 import qorpo.training.run as run
+import qorpo.training.session as session
 from qorpo.engine.distributed import gathered
 from qorpo.model.load import load_tokenizer
 from qorpo.recipe import load_recipe
 
 RANKS = int(os.environ.get("WORLD_SIZE", "1"))
-make_optimizer = loop.make_optimizer
+make_optimizer = session.make_optimizer
 
 
 def main() -> None:
@@ -53,7 +54,7 @@ def do(job) -> None:
     AcceleratorState._reset_state()
     GradientState._reset_state()
     os.environ["LOCAL_WORLD_SIZE"] = str(job.get("per_node", RANKS))
-    loop.make_optimizer = sgd if job.get("sgd") else make_optimizer
+    session.make_optimizer = sgd if job.get("sgd") else make_optimizer
     WatchedTrainer.job = job
     if job.get("dtype"):
         model = AutoModelForCausalLM.from_pretrained(recipe.model.path, dtype=getattr(torch, job["dtype"]))
@@ -63,7 +64,7 @@ def do(job) -> None:
     else:
         run.Trainer = WatchedTrainer
         trainer = qorpo.train(recipe, resume=job.get("resume", False)).trainer
-    if trainer.accelerator.is_main_process and "output" in job:
+    if trainer.session.accelerator.is_main_process and "output" in job:
         torch.save(trainer.seen, job["output"])
 
 
@@ -78,7 +79,7 @@ class WatchedTrainer(loop.Trainer):
 
     def train(self, **options):
         self.seen = {"gradients": [], "losses": [], "bytes": {}}
-        clip = self.accelerator.clip_grad_norm_
+        clip = self.session.accelerator.clip_grad_norm_
 
         def seen(parameters, norm):
             if "output" in self.job and "profile" not in self.job:
@@ -86,12 +87,12 @@ class WatchedTrainer(loop.Trainer):
                 self.seen["bytes"]["gradients"] = local_bytes(parameter.grad for parameter in parameters)
             return clip(parameters, norm)
 
-        self.accelerator.clip_grad_norm_ = seen
+        self.session.accelerator.clip_grad_norm_ = seen
         return super().train(**options)
 
     def _step(self):
         rank, at = self.job.get("kill", (None, None))
-        if self.ranks.index == rank and self.state.step == at:
+        if self.session.ranks.index == rank and self.state.step == at:
             os.kill(os.getpid(), signal.SIGKILL)
         if self.job.get("profile") == self.state.step:
             self._profile(super()._step)
@@ -104,22 +105,22 @@ class WatchedTrainer(loop.Trainer):
 
     def save(self, folder):  # the last thing before the processes part
         super().save(folder)
-        self.seen["weights"] = [gathered(parameter).detach().clone() for parameter in self.trained]
+        self.seen["weights"] = [gathered(parameter).detach().clone() for parameter in self.session.trained]
         self.seen["bytes"] |= self._standing_bytes()
 
     def _standing_bytes(self) -> dict[str, int]:
         """What this rank holds between steps."""
-        states = [value for state in self.optimizer.state.values() for value in state.values()]
+        states = [value for state in self.session.optimizer.state.values() for value in state.values()]
         return {
             "base": local_bytes(p for p in self.model.parameters() if not p.requires_grad),
-            "parameters": local_bytes(self.trained),
+            "parameters": local_bytes(self.session.trained),
             "optimizer": local_bytes(value for value in states if torch.is_tensor(value)),
         }
 
     def _profile(self, step) -> None:
         """Note the most that a step adds to what this rank holds, as torch's profiler sees it, and its pairs."""
         pairs = self.groups_of_step(self.state.step)
-        rows = self.ranks.micro_batches(pairs, int(self.recipe.memory.microbatch_tokens))
+        rows = self.session.ranks.micro_batches(pairs, int(self.recipe.memory.microbatch_tokens))
         self.seen["rows"] = [list(pair.lengths) for pair in rows[0]]
         self.seen["standing_bytes"] = sum(self._standing_bytes().values())
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:

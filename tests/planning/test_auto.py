@@ -39,7 +39,7 @@ def test_off_cuda_and_without_a_budget_auto_is_fixed(recipe_dict, base, pairs_fi
     memory = trainer.recipe.memory
     assert (memory.microbatch_tokens, memory.logprob_chunk_tokens) == (2048, 256)
     assert (memory.activation_checkpointing, memory.activation_offload) == (False, False)
-    assert trainer._unwrapped.chunk_tokens == 256
+    assert trainer.session.unwrapped.chunk_tokens == 256
     assert checkpointed_layers(trainer) == [False, False]
 
 

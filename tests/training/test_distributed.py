@@ -25,7 +25,7 @@ from qorpo.errors import RunError
 from qorpo.planning.step_memory import StepShape, step_memory
 from qorpo.recipe import load_recipe, resolve
 from qorpo.training.export import export_model
-from qorpo.training.loop import Trainer
+from qorpo.training.session import check_ranks
 
 pytestmark = pytest.mark.distributed
 HERE = Path(__file__).parent
@@ -313,9 +313,8 @@ def test_misuse_is_one_message_from_one_rank(job, tmp_path, arguments, said):
     ],
 )
 def test_what_ranks_can_not_do(job, tmp_path, changes, sharded, said):
-    trainer = SimpleNamespace(accelerator=SimpleNamespace(num_processes=2), is_sharded=sharded)
     with pytest.raises(RunError, match=said):
-        Trainer._check_ranks(trainer, load_recipe(changed(job["recipe"], **changes)))
+        check_ranks(load_recipe(changed(job["recipe"], **changes)), 2, sharded)
 
 
 def test_a_port_in_use_is_one_message(job, tmp_path):
@@ -389,7 +388,7 @@ def test_ranks_started_again_go_on_by_themselves(job, tmp_path):
         "import os, signal, sys\nimport qorpo.training.loop as loop\nfrom qorpo.cli import main\n"
         "step = loop.Trainer._step\n"
         "def stepping(self):\n"
-        f"    if self.state.step == 3 and self.ranks.index == 1 and not os.path.exists({killed!r}):\n"
+        f"    if self.state.step == 3 and self.session.ranks.index == 1 and not os.path.exists({killed!r}):\n"
         f"        open({killed!r}, 'w').close()\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    step(self)\n"

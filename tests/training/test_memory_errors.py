@@ -19,7 +19,7 @@ from qorpo.training.run_folder import RunFolder
 
 def failing_at(monkeypatch, trainer, calls):
     """The trainer's scorer runs out of memory at these of its calls in training."""
-    inner = trainer._unwrapped.forward
+    inner = trainer.session.unwrapped.forward
     seen = [0]
 
     def forward(packed):
@@ -29,7 +29,7 @@ def failing_at(monkeypatch, trainer, calls):
                 raise torch.OutOfMemoryError(CUDA)
         return inner(packed)
 
-    monkeypatch.setattr(trainer._unwrapped, "forward", forward)
+    monkeypatch.setattr(trainer.session.unwrapped, "forward", forward)
 
 
 def test_a_run_goes_on_in_smaller_micro_batches_and_remembers(make_trainer, monkeypatch, caplog):
@@ -64,7 +64,7 @@ def test_at_the_floor_a_run_ends_with_advice_and_a_checkpoint_to_go_on_from(make
 def test_a_rank_of_several_leaves_its_adapter_as_a_whole_checkpoint(make_trainer):
     """Every rank has all of it, and the one that ran out of memory need not be the first."""
     trainer = make_trainer(train__max_steps=4, train__save_every=100)
-    trainer.ranks = Ranks(index=1, count=2)
+    trainer.session.ranks = Ranks(index=1, count=2)
     trainer.checkpoints.folder = trainer.folder = RunFolder(trainer.folder.path, is_main=False)
     trainer.state.step = 3
     with (
@@ -116,11 +116,11 @@ class Place:
 
 
 def scorer(trainer):
-    return trainer._unwrapped
+    return trainer.session.unwrapped
 
 
 def accelerator(trainer):
-    return trainer.accelerator
+    return trainer.session.accelerator
 
 
 REDONE = {
@@ -130,14 +130,18 @@ REDONE = {
     "evaluation": Place(scorer, "forward", when=lambda: not torch.is_grad_enabled()),
 }
 ENDS = {
-    "the optimizer's step": Place(lambda trainer: trainer.optimizer, "step", at=3),
-    "the optimizer's step, half way": Place(lambda trainer: trainer.optimizer, "step", at=2, is_done=True),
+    "the optimizer's step": Place(lambda trainer: trainer.session.optimizer, "step", at=3),
+    "the optimizer's step, half way": Place(
+        lambda trainer: trainer.session.optimizer, "step", at=2, is_done=True
+    ),
     "figures": Place(lambda trainer: trainer.metrics, "_read", at=2),
     "metrics": Place(lambda trainer: trainer.folder, "append_metrics", at=3),
     "a tracker": Place(accelerator, "log", at=3),
     "the evaluation's figures": Place(lambda trainer: trainer.metrics, "write_evaluation", at=2),
     "a checkpoint's adapter": Place(lambda trainer: trainer.model, "save_pretrained", at=2),
-    "a checkpoint's optimizer": Place(lambda trainer: trainer.checkpoints.optimizer, "state_dict", at=2),
+    "a checkpoint's optimizer": Place(
+        lambda trainer: trainer.session.optimizer.optimizer, "state_dict", at=2
+    ),
     "the adapter at the end": Place(lambda trainer: trainer, "save"),
 }
 
@@ -227,7 +231,7 @@ def test_a_shortage_in_resuming_changes_nothing_and_blames_no_checkpoint(make_tr
     before = {path: path.stat().st_mtime_ns for path in trainer.folder.path.rglob("*")}
     name = {"the adapter": "load_adapter", "the optimizer's states": "load_optimizer_state"}[place]
     with monkeypatch.context() as patch:
-        patch.setattr(f"qorpo.training.checkpoint.{name}", fails)
+        patch.setattr(f"qorpo.training.weights.{name}", fails)
         with pytest.raises(RunError, match=r"out of memory .*; nothing of the run was changed"):
             resumed(make_trainer, trainer)
     assert {path: path.stat().st_mtime_ns for path in trainer.folder.path.rglob("*")} == before

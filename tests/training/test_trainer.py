@@ -40,10 +40,10 @@ def gradients(trainer):
     """Of everything that trains, over the first 10 pairs; dropout drawn from the same seed each time."""
     torch.manual_seed(7)
     trainer.model.train()
-    with trainer._unwrapped.packed_attention():
+    with trainer.session.unwrapped.packed_attention():
         run_step(
-            trainer.scorer, trainer.train_pairs[:10], trainer.objective,
-            backward=trainer.accelerator.backward, device=trainer.accelerator.device,
+            trainer.session.scorer, trainer.train_pairs[:10], trainer.objective,
+            backward=trainer.session.accelerator.backward, device=trainer.session.accelerator.device,
             microbatch_tokens=trainer.recipe.memory.microbatch_tokens,
         )  # fmt: skip
     found = {
@@ -287,7 +287,7 @@ def test_evaluation_needs_pairs(make_trainer):
 @pytest.mark.parametrize("pairs_per_step", [1, 7, 10, 30, 64])
 def test_every_epoch_has_each_pair_once_in_an_order_of_its_own(make_trainer, pairs_per_step):
     trainer = make_trainer(train__pairs_per_step=pairs_per_step)
-    steps = trainer.steps_per_epoch
+    steps = trainer.order.steps_per_epoch
     assert steps == math.ceil(30 / pairs_per_step)
     epochs = []
     for epoch in range(3):
@@ -552,7 +552,7 @@ def test_a_run_that_overshoots_ends_with_its_best(make_trainer):
 
 def poison(trainer):
     with torch.no_grad():
-        trainer.trained[0].fill_(math.nan)
+        trainer.session.trained[0].fill_(math.nan)
 
 
 def test_a_loss_that_is_no_number_ends_the_run_with_the_remedy(make_trainer, monkeypatch):
@@ -595,12 +595,12 @@ def test_gradients_are_clipped_to_the_norm_and_never_where_that_is_off(make_trai
         trainer = make_trainer(train__max_grad_norm=max_grad_norm, has_eval=False)
         stir(trainer)
         norms = []
-        trainer.optimizer.optimizer.register_step_pre_hook(
-            lambda *_: norms.append(math.sqrt(sum(w.grad.square().sum() for w in trainer.trained)))
+        trainer.session.optimizer.optimizer.register_step_pre_hook(
+            lambda *_: norms.append(math.sqrt(sum(w.grad.square().sum() for w in trainer.session.trained)))
         )
         trainer._step()
         trainer.folder.path.mkdir()
-        trainer.metrics.write_steps(1, trainer.steps_per_epoch)
+        trainer.metrics.write_steps(1, trainer.order.steps_per_epoch)
         return norms[0], trainer.metrics.last_step["grad_norm"]
 
     whole, reported = norm_at_the_optimizer(None)
