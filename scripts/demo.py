@@ -53,10 +53,11 @@ def main(overrides: list[str]) -> None:
     answers = Table(title="greedy answers", title_justify="left", show_lines=True)
     for column in ("prompt", "before", "after"):
         answers.add_column(column, overflow="fold")
-    for prompt in held_out_prompts(6):
-        with result.trainer.model.disable_adapter():
-            base = answer(result.trainer, prompt)
-        answers.add_row(prompt, base, answer(result.trainer, prompt))
+    prompts, trainer = held_out_prompts(6), result.trainer
+    with trainer.model.disable_adapter():
+        base = answers_of(trainer, prompts)
+    for row in zip(prompts, base, answers_of(trainer, prompts), strict=True):
+        answers.add_row(*row)
     console.print(answers)
     console.print(f"{result.steps} steps in {seconds:.0f} s; adapter: {result.trained}", soft_wrap=True)
 
@@ -67,15 +68,10 @@ def held_out_prompts(count: int) -> list[str]:
     return prompts[:: max(1, len(prompts) // count)][:count]
 
 
-def answer(trainer: qorpo.Trainer, prompt: str) -> str:
-    messages = [{"role": "user", "content": prompt}]
-    inputs = trainer.tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
-    trainer.model.eval()
-    with torch.no_grad():
-        ids = trainer.model.generate(**inputs.to(trainer.model.device), max_new_tokens=60, do_sample=False)
-    return trainer.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+def answers_of(trainer: qorpo.Trainer, prompts: list[str]) -> list[str]:
+    """The likeliest answer to each."""
+    made = qorpo.generate((trainer.model, trainer.tokenizer), prompts, max_new_tokens=60)
+    return [answer.text.strip() for answer in made.answers]
 
 
 if __name__ == "__main__":

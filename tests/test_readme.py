@@ -127,6 +127,13 @@ def test_the_python_examples_run(workplace):
     assert (workplace / "runs/parts/adapter/adapter_model.safetensors").exists()
 
 
+@pytest.mark.slow
+def test_the_quickstart_runs(workplace):
+    done = run([sys.executable, str(ROOT / "scripts" / "examples" / "quickstart.py")], workplace)
+    assert done.returncode == 0, done.stderr
+    assert "merged into" in done.stdout
+
+
 def test_the_scripts_named_are_there():
     for block in blocks("bash"):
         for program, script in re.findall(r"(bash|python) (scripts/\S+)", block):
