@@ -106,6 +106,34 @@ def merge(
     Raises:
         QorpoError: what the user can fix, before anything is written where that can be known.
     """
+    _check_options(onto, dtype, output, verify, verify_only=verify_only, check_only=check_only)
+    job = _prepared(
+        [adapter, *adapters], base, revision, cast(Onto, onto), dtype, max_shard_bytes,
+        allow_pickle=allow_pickle, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    output = None if output is None else Path(output).expanduser()
+    is_merged = output is not None and job.awaits_verification(output, verify, verify_only=verify_only)
+    pairs = job.pairs_to_verify_by(verify, or_fail=verify_only)
+    if output is None or check_only:
+        return job.result(None, None)
+    if is_merged:
+        logger.info("merge: %s is merged already; what is left is to verify it", output)
+        check_folder(output, f"remove {output} and merge again", for_people=["README.md"])
+    else:
+        job.write(output, progress)
+    return job.result(output, job.verified(output, pairs) if pairs else None)
+
+
+def _check_options(
+    onto: str,
+    dtype: str | None,
+    output: str | Path | None,
+    verify: bool | str | Path,
+    *,
+    verify_only: bool,
+    check_only: bool,
+) -> None:
+    """Raises RecipeError for what makes no merge."""
     if dtype is not None and dtype not in DTYPES:
         raise RecipeError(f"--dtype: got {dtype!r}; expected {', '.join(DTYPES)}")
     if onto not in get_args(Onto):
@@ -116,9 +144,19 @@ def merge(
         raise RecipeError(
             "--verify-only: not together with --no-verify or --check-only; leave one of them out"
         )
-    trust: dict[str, bool] = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
-    trained = [find_trained(str(path), **trust) for path in (adapter, *adapters)]
-    onto = cast(Onto, onto)
+
+
+def _prepared(
+    adapters: Sequence[str | Path],
+    base: str | Path | None,
+    revision: str | None,
+    onto: Onto,
+    dtype: str | None,
+    max_shard_bytes: int,
+    **trust: bool,
+) -> "_Merge":
+    """Find base and adapters, hold them together, and say what becomes of each tensor."""
+    trained = [find_trained(str(path), **trust) for path in adapters]
     if onto == "dequantized" and any(
         each.recipe and each.recipe.model.quantization == "none" for each in trained
     ):
@@ -128,111 +166,103 @@ def merge(
     found = find_base(trained, str(base) if base else None, revision, **trust)
     plan = make_plan(
         found, trained, onto=onto, dtype=DTYPES[dtype] if dtype else None,
-        max_shard_bytes=max_shard_bytes, allow_pickle=allow_pickle,
+        max_shard_bytes=max_shard_bytes, allow_pickle=trust["allow_pickle"],
     )  # fmt: skip
     logger.info(
         "merge: %d of %d tensors change, onto the %s weights of %s; %s to write",
         plan.changed, sum(len(shard.tensors) for shard in plan.shards), onto, found.name, gib(plan.total_bytes),
     )  # fmt: skip
-    record = merge_record(found, trained, onto=onto, dtype=dtype)
-    is_merged = False
-    if output is not None:
-        output = Path(output).expanduser()
-        is_merged = verify is not False and awaits_verification(output, record, verify_only=verify_only)
-        if not is_merged:
-            check_output(output, plan.total_bytes)
-    pairs = _pairs_to_verify_by(verify, found, trained, plan, or_fail=verify_only)
-    if output is None or check_only:
-        return MergeResult(None, onto, plan.changed, plan.total_bytes, None)
-    if is_merged:
-        logger.info("merge: %s is merged already; what is left is to verify it", output)
-        check_folder(output, f"remove {output} and merge again", for_people=["README.md"])
-    else:
-        _write(output, found, trained, plan, onto, record, progress)
-    verification = None
-    if pairs:
+    return _Merge(found, trained, onto, plan, merge_record(found, trained, onto=onto, dtype=dtype))
+
+
+@dataclass(frozen=True)
+class _Merge:
+    """A merge that was checked: all that writing and verifying it need."""
+
+    base: Base
+    trained: Sequence[Trained]
+    onto: Onto
+    plan: Plan
+    record: Mapping[str, Any]
+
+    def result(self, output: Path | None, verification: Verification | None) -> MergeResult:
+        return MergeResult(output, self.onto, self.plan.changed, self.plan.total_bytes, verification)
+
+    def awaits_verification(self, output: Path, verify: bool | str | Path, *, verify_only: bool) -> bool:
+        """Whether the folder holds this merge already; raises RunError where it can't be made there."""
+        if verify is not False and awaits_verification(output, self.record, verify_only=verify_only):
+            return True
+        check_output(output, self.plan.total_bytes)
+        return False
+
+    def write(self, output: Path, progress: Progress | None) -> None:
+        done = 0
+
+        def on_progress(num_bytes: int) -> None:
+            nonlocal done
+            done += num_bytes
+            if progress is not None:
+                progress(done, self.plan.total_bytes)
+
+        with output_folder(output) as folder:
+            with torch.no_grad():
+                hashes = write_shards(folder, self.plan.shards, on_progress)
+            write_files(folder, self.base, self.trained, self.plan.config)
+            write_card(folder, self.base, self.trained, self.onto)
+            belongs_to = {
+                "base": base_identity(self.base.folder),
+                "adapters": [dict(each.belongs_to) for each in self.trained],
+            }
+            write_manifest(folder, belongs_to, hashes=hashes)
+            write_verification(folder, self.record, NOT_VERIFIED)
+
+    def pairs_to_verify_by(self, verify: bool | str | Path, *, or_fail: bool) -> list[Group]:
+        """Pairs, where there are any and memory for them; says what it will take, or why there is no verification.
+
+        Raises:
+            QorpoError: where pairs that were asked for can't be used, or there are none and there have to be (`or_fail`).
+        """
+        if verify is False:
+            return []
+        asked_for = None if verify is True else verify
+        try:
+            if problem := unverifiable([each.adapter for each in self.trained]):
+                raise RunError(problem)
+            pairs = evaluation_pairs(
+                asked_for,
+                self.trained[0].recipe,
+                str(tokenizer_folder(self.base, self.trained)),
+                self.base.trust_remote_code,
+            )
+            if not pairs:
+                raise DataError("the run has no evaluation pairs; give some with --verify")
+            config = self.base.config.get_text_config()
+            parameters = sum(prod(tensor.shape) for shard in self.plan.shards for tensor in shard.tensors)
+            needed = memory_needed(parameters, config.vocab_size, config.hidden_size, pairs)
+            free = memory_free(computing_device())
+            if needed > free:
+                raise RunError(f"verifying needs about {gib(needed)} of memory, and {gib(free)} are free")
+        except QorpoError as problem:
+            if asked_for is not None or or_fail:
+                raise
+            logger.warning("verify: not verified: %s", problem)
+            return []
+        logger.info("verify: by %d pairs, after merging; about %s of memory", len(pairs), gib(needed))
+        return pairs
+
+    def verified(self, output: Path, pairs: list[Group]) -> Verification:
+        """Judged by the adapter on the weights that it was merged onto; those it was trained on are reported too."""
+        recipe, onto = self.trained[0].recipe, self.onto
+        references = ["nf4"] if onto == "dequantized" else ["none"]
+        if recipe is not None and recipe.model.quantization == "nf4" and onto == "original":
+            references.append("nf4")
         with _unverified_until_the_end(output):
-            verification = _verified(output, found, trained, pairs, onto)
-            write_verification(output, record, verification.as_dict())
-    return MergeResult(output, onto, plan.changed, plan.total_bytes, verification)
-
-
-def _write(
-    output: Path,
-    base: Base,
-    trained: Sequence[Trained],
-    plan: Plan,
-    onto: Onto,
-    record: Mapping[str, Any],
-    progress: Progress | None,
-) -> None:
-    done = 0
-
-    def on_progress(num_bytes: int) -> None:
-        nonlocal done
-        done += num_bytes
-        if progress is not None:
-            progress(done, plan.total_bytes)
-
-    with output_folder(output) as folder:
-        with torch.no_grad():
-            hashes = write_shards(folder, plan.shards, on_progress)
-        write_files(folder, base, trained, plan.config)
-        write_card(folder, base, trained, onto)
-        belongs_to = {
-            "base": base_identity(base.folder),
-            "adapters": [dict(each.belongs_to) for each in trained],
-        }
-        write_manifest(folder, belongs_to, hashes=hashes)
-        write_verification(folder, record, NOT_VERIFIED)
-
-
-def _pairs_to_verify_by(
-    verify: bool | str | Path, base: Base, trained: Sequence[Trained], plan: Plan, *, or_fail: bool
-) -> list[Group]:
-    """Pairs, where there are any and memory for them; says what it will take, or why there is no verification.
-
-    Raises:
-        QorpoError: where pairs that were asked for can't be used, or there are none and there have to be (`or_fail`).
-    """
-    if verify is False:
-        return []
-    asked_for = None if verify is True else verify
-    try:
-        if problem := unverifiable([each.adapter for each in trained]):
-            raise RunError(problem)
-        pairs = evaluation_pairs(
-            asked_for, trained[0].recipe, str(tokenizer_folder(base, trained)), base.trust_remote_code
-        )
-        if not pairs:
-            raise DataError("the run has no evaluation pairs; give some with --verify")
-        config = base.config.get_text_config()
-        parameters = sum(prod(tensor.shape) for shard in plan.shards for tensor in shard.tensors)
-        needed = memory_needed(parameters, config.vocab_size, config.hidden_size, pairs)
-        free = memory_free(computing_device())
-        if needed > free:
-            raise RunError(f"verifying needs about {gib(needed)} of memory, and {gib(free)} are free")
-    except QorpoError as problem:
-        if asked_for is not None or or_fail:
-            raise
-        logger.warning("verify: not verified: %s", problem)
-        return []
-    logger.info("verify: by %d pairs, after merging; about %s of memory", len(pairs), gib(needed))
-    return pairs
-
-
-def _verified(
-    output: Path, base: Base, trained: Sequence[Trained], pairs: list[Group], onto: Onto
-) -> Verification:
-    """Judged by the adapter on the weights that it was merged onto; those it was trained on are reported too."""
-    recipe = trained[0].recipe
-    references = ["nf4"] if onto == "dequantized" else ["none"]
-    if recipe is not None and recipe.model.quantization == "nf4" and onto == "original":
-        references.append("nf4")
-    return verify_merged(
-        output, base, [each.adapter for each in trained], pairs,
-        references=references, objective=build_objective(recipe.objective) if recipe else Orpo(), device=computing_device(),
-    )  # fmt: skip
+            verification = verify_merged(
+                output, self.base, [each.adapter for each in self.trained], pairs,
+                references=references, objective=build_objective(recipe.objective) if recipe else Orpo(), device=computing_device(),
+            )  # fmt: skip
+            write_verification(output, self.record, verification.as_dict())
+        return verification
 
 
 @contextmanager

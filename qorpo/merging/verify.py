@@ -20,7 +20,7 @@ from qorpo.data.chat_format import ChatFormat
 from qorpo.data.groups import Group, row_tokens
 from qorpo.data.sources import load_pairs
 from qorpo.data.tokenize import tokenize_pairs
-from qorpo.engine.step import run_step
+from qorpo.engine.step import score_groups
 from qorpo.merging.adapter import Adapter
 from qorpo.merging.source import Base
 from qorpo.model.adapters import compute_in_base_type, output_head
@@ -230,10 +230,10 @@ class _Scores:
         scorer = _KeepingScorer(model, make_scorer(model).mode)
         scorer.hidden = []
         with scorer.packed_attention():
-            means = run_step(scorer, pairs, objective, microbatch_tokens=ROW_TOKENS, device=model.device)
+            found = score_groups(scorer, pairs, objective, microbatch_tokens=ROW_TOKENS, device=model.device)
         head, config = output_head(model), model.config.get_text_config()
         return cls(
-            {name: value.item() for name, value in means.items()},
+            {name: value_P.mean().item() for name, value_P in found.items()},
             torch.cat(scorer.hidden), head.weight.detach().float(),
             None if head.bias is None else head.bias.detach().float(), logit_scale(config), logit_softcap(config),
         )  # fmt: skip
