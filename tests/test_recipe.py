@@ -70,7 +70,16 @@ def test_three_keys_make_a_recipe_and_the_rest_has_the_documented_defaults():
             "allow_pickle": False,
         },
         "tuning": "lora",
-        "lora": {"rank": 16, "alpha": 32, "dropout": 0.0, "targets": "all-linear", "modules_to_save": []},
+        "lora": {
+            "rank": 16,
+            "alpha": 32,
+            "dropout": 0.0,
+            "targets": "all-linear",
+            "modules_to_save": [],
+            "use_rslora": False,
+            "use_dora": False,
+            "init": "default",
+        },
         "data": {
             "train": ["demo"],
             "eval": None,
@@ -89,11 +98,12 @@ def test_three_keys_make_a_recipe_and_the_rest_has_the_documented_defaults():
         "train": {
             "pairs_per_step": 32,
             "learning_rate": "auto",
-            "epochs": 1,
+            "epochs": "auto",
             "max_steps": None,
             "warmup_ratio": 0.1,
             "schedule": "cosine",
             "optimizer": "auto",
+            "lora_plus_ratio": None,
             "weight_decay": 0.0,
             "adam_beta1": 0.9,
             "adam_beta2": 0.999,
@@ -296,8 +306,11 @@ def test_an_unknown_key_near_nothing_comes_with_its_sections_keys():
         ("objective=5", "got 5; expected a section, with keys of its own"),
         ("train.learning_rate=0", "got 0; expected auto, or a number above 0"),
         ("train.learning_rate=.nan", "got nan; expected auto, or a number above 0"),
-        ("train.epochs=.inf", "got inf; expected a number above 0"),
-        ("train.epochs=0", "got 0; expected a number above 0"),
+        ("train.epochs=.inf", "got inf; expected auto, or a number above 0"),
+        ("train.epochs=0", "got 0; expected auto, or a number above 0"),
+        ("train.groups_per_step=0", "got 0; expected a whole number of at least 1"),
+        ("train.lora_plus_ratio=0", "got 0; expected a number above 0"),
+        ("lora.init=pissa", "got 'pissa'; expected default, gaussian or orthogonal (what changes the base's weights or needs data is not taken)"),
         ("train.max_steps=0", "got 0; expected a whole number of at least 1"),
         ("train.warmup_ratio=1", "got 1; expected a number from 0 to below 1"),
         ("train.adam_beta2=1.0", "got 1.0; expected a number from 0 to below 1"),
@@ -548,6 +561,7 @@ def test_every_key_has_a_description_of_one_line():
     whole = load_recipe(LEAST).to_dict()
     sections = {name: keys for name, keys in whole.items() if isinstance(keys, dict)}
     sections["objective"] = {key for keys in OBJECTIVES.values() for key in keys.names()}
+    sections["train"] = {*sections["train"], "groups_per_step"}  # saved by its other name
     assert set(FIELDS) == {*whole, *(f"{name}.{key}" for name, keys in sections.items() for key in keys)}
     for key, field in FIELDS.items():
         assert field.description, key
@@ -566,6 +580,7 @@ def test_resolve_replaces_every_auto_but_what_is_settled_as_the_model_loads(devi
         "model.quantization: 'auto' 'nf4' now",
         "memory.sharding: 'auto' 'none' now",
         "train.learning_rate: 'auto' 0.0001 now",
+        "train.epochs: 'auto' 1.0 now",
         "train.optimizer: 'auto' 'paged_adamw_8bit' now",
         "train.report_to: 'auto' ['tensorboard'] now",
         *([] if device_type == "cuda" else ["model.liger: 'auto' false now"]),
@@ -611,6 +626,7 @@ def test_resolve_keeps_what_was_said():
         "model.quantization": "none",
         "model.liger": False,
         "train.learning_rate": 3e-3,
+        "train.epochs": 2.5,
         "train.optimizer": "adamw_torch",
         "train.report_to": [],
         "memory.microbatch_tokens": 7,
@@ -630,7 +646,7 @@ def test_the_descriptions_say_what_auto_becomes():
         became = value(key, resolved)
         if value(key, load_recipe(LEAST)) != "auto" or became == "auto":
             continue
-        text = {1e-4: "1e-4"}.get(became) if not isinstance(became, list) else became[0]
+        text = {1e-4: "1e-4", 1.0: "1"}.get(became) if not isinstance(became, list) else became[0]
         assert f"auto: {text or became}" in FIELDS[key].description
 
 
@@ -721,6 +737,35 @@ def test_full_tuning_has_autos_of_its_own():
     assert settings["train.learning_rate"] == 8e-6
     assert settings["train.optimizer"] == "adamw_torch_fused"
     assert settings["memory.sharding"] == "full"
+
+
+@pytest.mark.parametrize(
+    ("objective", "rate", "epochs"), [("orpo", 8e-6, 10), ("sft", 1e-5, 1), ("cpo", 8e-6, 10)]
+)
+def test_full_tuning_takes_the_papers_rates_and_epochs(objective, rate, epochs):
+    recipe = load_recipe(LEAST, ["tuning=full", f"objective.name={objective}"])
+    train = resolve(recipe, device_type="cuda").train
+    assert (train.learning_rate, train.epochs) == (rate, epochs)
+
+
+def test_dora_needs_whole_weights_on_each_gpu():
+    recipe = load_recipe(LEAST, ["lora.use_dora=true", "memory.sharding=full"])
+    with pytest.raises(RecipeError, match=r"lora\.use_dora: needs the base's whole weights"):
+        resolve(recipe, device_type="cuda")
+
+
+def test_groups_per_step_is_pairs_per_step_by_its_general_name():
+    recipe = load_recipe({**LEAST, "train": {"groups_per_step": 8}})
+    assert recipe.train.pairs_per_step == 8
+    assert recipe.to_dict()["train"]["pairs_per_step"] == 8
+    assert "groups_per_step" not in recipe.to_dict()["train"]
+    assert load_recipe(LEAST).train.pairs_per_step == 32
+    assert recipe.replace("train.groups_per_step", 3).train.pairs_per_step == 3
+    assert load_recipe(recipe.to_dict(), ["train.groups_per_step=5"]).train.pairs_per_step == 5
+    assert load_recipe({**LEAST, "train": {"groups_per_step": 8, "pairs_per_step": 8}}) == recipe
+    assert problems({**LEAST, "train": {"groups_per_step": 8, "pairs_per_step": 9}}) == [
+        "train: pairs_per_step (9) and groups_per_step (8) are one key by two names; leave one out"
+    ]
 
 
 def test_sharded_adapters_keep_their_base_in_4_bits_and_take_torchs_optimizer():

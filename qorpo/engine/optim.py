@@ -22,16 +22,27 @@ _SCHEDULES = {
 }
 
 
-def make_optimizer(parameters: Iterable[nn.Parameter], recipe: TrainRecipe) -> torch.optim.Optimizer:
+def make_optimizer(
+    parameters: Iterable[nn.Parameter], recipe: TrainRecipe, b_matrices: Iterable[nn.Parameter] = ()
+) -> torch.optim.Optimizer:
     """AdamW over what trains; weight decay on matrices only, never on biases or norms.
 
     A resolved recipe is expected: no `auto` for optimizer or learning rate.
+
+    Args:
+        b_matrices: those of the parameters that learn at `lora_plus_ratio` times the rate (LoRA+, arXiv 2402.12354).
     """
     parameters = list(parameters)
+    faster = {id(parameter) for parameter in b_matrices} if recipe.lora_plus_ratio else set()
+    rest = [p for p in parameters if id(p) not in faster]
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
     ]
+    if recipe.lora_plus_ratio and faster:
+        rate = float(recipe.learning_rate) * recipe.lora_plus_ratio
+        matrices = [p for p in parameters if id(p) in faster]
+        groups.append({"params": matrices, "weight_decay": recipe.weight_decay, "lr": rate})
     groups = [group for group in groups if group["params"]]
     settings: dict[str, Any] = {
         "lr": recipe.learning_rate,

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qorpo.errors import ModelError
+from qorpo.model.dora import exact_beginnings, forward_dora, has_exact_beginning
 
 
 def attach_lora(
@@ -24,11 +25,19 @@ def attach_lora(
     dropout: float = 0.0,
     targets: str | Sequence[str] = "all-linear",
     modules_to_save: Sequence[str] = (),
+    use_rslora: bool = False,
+    use_dora: bool = False,
+    init: str = "default",
 ) -> PeftModel:
     """Freeze `model` and put LoRA on `targets`; whole copies of `modules_to_save` train beside it.
 
     What trains is kept in float32 (a bfloat16 weight would lose small updates), and is cast to the activations' type
     where it is used, so that no float32 copy of an activation is made.
+
+    Args:
+        use_rslora: scale by alpha / √rank (arXiv 2312.03732).
+        use_dora: train the length of each weight's rows apart from their direction; see `dora`.
+        init: default (A uniform, B zero), gaussian (A normal, B zero) or orthogonal (both there, B A zero).
 
     Raises:
         ModelError: where a target is not in the model, or is the output head, which trains only as a module to save.
@@ -40,6 +49,9 @@ def attach_lora(
         lora_dropout=dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
         modules_to_save=list(modules_to_save) or None,
+        use_rslora=use_rslora,
+        use_dora=use_dora,
+        init_lora_weights="gaussian" if init == "gaussian" else True,
     )
     names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
     wanted = {*modules_to_save, *([] if isinstance(targets, str) else targets)}
@@ -48,15 +60,40 @@ def attach_lora(
             f"lora: this model has no module named {', '.join(missing)}; it has {', '.join(sorted(names - {''}))}"
         )
     try:
-        peft_model = get_peft_model(model, config)
+        with exact_beginnings():
+            peft_model = get_peft_model(model, config)
     except ValueError as error:
         raise ModelError(f"lora.targets: {error}") from error
     if isinstance(peft_model.get_output_embeddings(), LoraLayer):
         raise ModelError(
             "lora.targets: the output head can't carry LoRA; name it in lora.modules_to_save to train it whole"
         )
+    if init == "orthogonal":
+        for module in peft_model.modules():
+            if isinstance(module, LoraLayer):
+                _begin_orthogonal(module)
+        config.init_lora_weights = init  # type: ignore[assignment]
     compute_in_base_type(peft_model)
     return peft_model
+
+
+@torch.no_grad()
+def _begin_orthogonal(layer: Any) -> None:
+    """A of the odd and B of the even rows of one orthogonal matrix, so that B A is zero while both learn.
+
+    PEFT's own gives them the type of the base's weight: bytes in 4 bits, and in bfloat16 B A is no longer zero.
+    """
+    for a, b in zip(layer.lora_A.values(), layer.lora_B.values(), strict=True):
+        rank = len(a.weight)
+        if isinstance(layer, ParamWrapper) or rank % 2:
+            raise ModelError(
+                f"lora.init: orthogonal needs an even rank and layers of one matrix, and here are {type(layer).__name__} "
+                f"and rank {rank}; set it to default"
+            )
+        matrix, _ = torch.linalg.qr(torch.randn(rank, rank, device=a.weight.device))
+        for weight, half in ((a.weight, matrix[0::2]), (b.weight.T, matrix[1::2])):
+            mixture = torch.randn(weight.shape[1], rank // 2, device=weight.device)
+            weight.copy_((mixture @ half).T / 10)
 
 
 def compute_in_base_type(peft_model: PeftModel) -> None:
@@ -66,6 +103,12 @@ def compute_in_base_type(peft_model: PeftModel) -> None:
             _keep_input_type(module)
         elif isinstance(module, ModulesToSaveWrapper):
             _train_in_float32(module)
+
+
+def b_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """The second matrices (out, r) of a model's LoRA layers, which LoRA+ gives a rate of their own."""
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    return [linear.weight for layer in layers for linear in layer.lora_B.values()]
 
 
 def output_head(model: Any) -> Any:
@@ -116,11 +159,15 @@ def _add_in_place(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> tor
     backward: the product, and it or its gradient times the scaling.
     """
     names = [name for name in layer.active_adapters if name in layer.lora_A]
-    plain = not (args or kwargs or layer.disable_adapters or layer.merged or layer.lora_variant)
+    plain = not (args or kwargs or layer.disable_adapters or layer.merged)
     if not plain or len(names) != 1 or layer.lora_B[names[0]].bias is not None:
         return type(layer).forward(layer, x, *args, **kwargs)
     (name,) = names
     rows = x.flatten(0, -2)  # 2-D: an output seen through a view would be copied in backward
+    if layer.lora_variant:
+        if not has_exact_beginning(layer, name):
+            return type(layer).forward(layer, x, *args, **kwargs)
+        return forward_dora(layer, name, rows).view(*x.shape[:-1], -1)
     low = layer.lora_A[name](layer.lora_dropout[name](rows))
     wide = layer.base_layer(rows).addmm_(
         low, layer.lora_B[name].weight.to(low.dtype).T, alpha=layer.scaling[name]

@@ -64,9 +64,8 @@ def make_fake_model(
     model.requires_grad_(False)
     with foreign_code(), torch.device("meta"):
         peft_model = attach_lora(
-            model, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout,
-            targets=lora.targets, modules_to_save=lora.modules_to_save,
-        )  # fmt: skip
+            model, **{**dict(lora), "init": "default"}
+        )  # what it begins with has no bytes of its own
     mode = FakeTensorMode()
     if quantized:
         with mode:

@@ -17,6 +17,7 @@ from qorpo.build import build_objective
 from qorpo.data.groups import Group, GroupLengths
 from qorpo.engine.optim import make_optimizer
 from qorpo.engine.step import run_step
+from qorpo.model.adapters import b_matrices
 from qorpo.model.checkpointing import checkpoint_layers, decoder_layers
 from qorpo.model.mixed_precision import casts_of
 from qorpo.model.scoring import Mode, Scorer
@@ -116,7 +117,7 @@ def _step_memory(
     for parameter in trained:
         parameter.register_post_accumulate_grad_hook(lambda p: count.add([p.grad], "gradients"))
     with fake_mode:
-        optimizer, paged_bytes = _count_optimizer(trained, recipe, shape.on_cuda, count)
+        optimizer, paged_bytes = _count_optimizer(trained, b_matrices(model), recipe, shape.on_cuda, count)
         if shape.accumulates:
             for parameter in trained:
                 parameter.grad = torch.zeros_like(parameter)
@@ -211,12 +212,16 @@ def layer_place(index: int, num_checkpointed: int, num_layers: int) -> str:
 
 
 def _count_optimizer(
-    trained: Sequence[nn.Parameter], recipe: Recipe, on_cuda: bool, count: LiveBytes
+    trained: Sequence[nn.Parameter],
+    faster: Sequence[nn.Parameter],
+    recipe: Recipe,
+    on_cuda: bool,
+    count: LiveBytes,
 ) -> tuple[torch.optim.Optimizer | None, int]:
     """States as the first step leaves them: the optimizer, None where its own code takes no fake tensors, and paged bytes."""
     name = recipe.train.optimizer
     if name.startswith("adamw_torch"):
-        optimizer = make_optimizer(trained, recipe.train)
+        optimizer = make_optimizer(trained, recipe.train, faster)
         if on_cuda and name == "adamw_torch":
             for group in optimizer.param_groups:
                 group["foreach"] = True  # its default there

@@ -32,6 +32,7 @@ from qorpo.recipe.values import (
     Keys,
     LongPrompts,
     LongResponses,
+    LoraInit,
     Names,
     NotNegative,
     OnBadRecord,
@@ -74,6 +75,11 @@ class LoraRecipe(Keys):
     dropout: BelowOne = key(0.0, "Dropout on the adapters' input.")
     targets: Targets = key("all-linear", "Modules with an adapter: all-linear (all but the head), or names.")
     modules_to_save: Names = key((), "Modules to train whole and save too, such as embed_tokens.")
+    use_rslora: Flag = key(False, "Scale the adapters' output by alpha / √rank instead (rsLoRA).")
+    use_dora: Flag = key(False, "Train the length of weights' rows apart from their direction (DoRA).")
+    init: LoraInit = key(
+        "default", "How adapters begin, as PEFT's init_lora_weights: default, gaussian, orthogonal."
+    )
 
 
 class SourceRecipe(Keys):
@@ -135,11 +141,20 @@ class DataRecipe(Keys):
 
 
 class TrainRecipe(Keys):
-    pairs_per_step: Count = key(32, "Preference pairs to one optimizer step, over all GPUs.")
-    learning_rate: AutoPositive = key(
-        "auto", "The highest learning rate, at the end of warm-up; auto: 1e-4, or 8e-6 for full."
+    groups_per_step: Count | None = key(
+        None,
+        "pairs_per_step by its general name: for sft rows, each with one answer or several.",
+        exclude=True,
     )
-    epochs: Positive = key(1.0, "Passes over the training pairs; fractions are fine.")
+    pairs_per_step: Count = key(None, "Preference pairs to one optimizer step, over all GPUs; null: 32.")
+    learning_rate: AutoPositive = key(
+        "auto",
+        "The highest learning rate, at the end of warm-up; auto: 1e-4, or the paper's 8e-6 for full (sft 1e-5).",
+    )
+    epochs: AutoPositive = key(
+        "auto",
+        "Passes over the training pairs; auto: 1, or the paper's 10 for full (sft 1). Fractions are fine.",
+    )
     max_steps: Count | None = key(None, "Optimizer steps to take; where given, it wins over epochs.")
     warmup_ratio: BelowOne = key(
         0.1, "Fraction of the steps over which the learning rate climbs; the first of them learns too."
@@ -148,6 +163,9 @@ class TrainRecipe(Keys):
     optimizer: Optimizer = key(
         "auto",
         "AdamW of bitsandbytes or torch; auto: paged_adamw_8bit, or adamw_torch_fused for full or sharded.",
+    )
+    lora_plus_ratio: Positive | None = key(
+        None, "Adapters' B matrices learn at so many times the rate (LoRA+, such as 16); null: at the same."
     )
     weight_decay: NotNegative = key(0.0, "AdamW's decoupled weight decay.")
     adam_beta1: BelowOne = key(0.9, "AdamW's decay of the gradient's running average.")
@@ -162,6 +180,15 @@ class TrainRecipe(Keys):
     log_every: Count = key(1, "Steps from one log line to the next; metrics.jsonl has every step.")
     keep_checkpoints: Count = key(2, "How many of the latest checkpoints to keep.")
     report_to: Trackers = key("auto", "Experiment trackers; auto: tensorboard where installed; []: none.")
+
+    @field_validator("pairs_per_step", mode="before")
+    @classmethod
+    def _is_one_number_by_two_names(cls, pairs: Any, info: ValidationInfo) -> Any:
+        groups = info.data.get("groups_per_step")
+        if pairs is not None and groups is not None and groups != pairs:
+            text = f"pairs_per_step ({shown(pairs)}) and groups_per_step ({groups}) are one key by two names"
+            raise PydanticCustomError("section", "{text}; leave one out", {"text": text})
+        return groups or pairs or 32
 
 
 class MemoryRecipe(Keys):
@@ -254,6 +281,9 @@ class Recipe(Keys):
         ]
 
 
+OTHER_NAMES = {"groups_per_step": "pairs_per_step", "pairs_per_step": "groups_per_step"}
+
+
 def set_key(raw: dict[str, Any], path: str, value: Any) -> None:
     section, _, key = path.rpartition(".")
     if not section:
@@ -262,6 +292,7 @@ def set_key(raw: dict[str, Any], path: str, value: Any) -> None:
     if raw.get(section) is None:
         raw[section] = {}
     if isinstance(raw[section], dict):  # else the section's own problem is reported
+        raw[section].pop(OTHER_NAMES.get(key), None)
         raw[section][key] = value
 
 

@@ -12,6 +12,21 @@ from urllib.parse import urlsplit
 from qorpo.recipe.keys import Recipe
 from qorpo.recipe.reading import recipe_error
 
+# Learning rate and epochs of all parameters: the paper's (Sec. 4.1, App. C). Objectives that it did not train take the
+# nearest one's: with a reference DPO's, the others ORPO's.
+FULL = {"orpo": (8e-6, 10.0), "sft": (1e-5, 1.0), "dpo": (5e-6, 3.0)}
+# The rates of adapters; one epoch.
+ADAPTERS = {"orpo": 1e-4}
+LIKE_DPO = ("ipo", "kto", "mmpo", "sppo")
+
+
+def rate_and_epochs(objective: str, *, full: bool) -> tuple[float, float]:
+    """What `auto` of train.learning_rate and train.epochs stands for."""
+    nearest = "dpo" if objective in LIKE_DPO else "orpo"
+    if full:
+        return FULL.get(objective, FULL[nearest])
+    return ADAPTERS.get(objective, ADAPTERS.get(nearest, ADAPTERS["orpo"])), 1.0
+
 
 def resolve(
     recipe: Recipe,
@@ -29,10 +44,12 @@ def resolve(
     installed = installed or _importable
     full = recipe.tuning == "full"
     is_sharded = full or recipe.memory.sharding in ("full", "hybrid")  # bitsandbytes' optimizers can't be
+    rate, epochs = rate_and_epochs(recipe.objective.name, full=full)
     meaning = {
         "model.quantization": "none" if full else "nf4",
         "memory.sharding": "full" if full else "none",
-        "train.learning_rate": (1e-5 if recipe.objective.name == "sft" else 8e-6) if full else 1e-4,
+        "train.learning_rate": rate,
+        "train.epochs": epochs,
         "train.optimizer": "adamw_torch_fused" if is_sharded or not can_page else "paged_adamw_8bit",
         "train.report_to": ["tensorboard"] if installed("tensorboard") else [],
     }
@@ -54,6 +71,10 @@ def resolve(
     if full and recipe.model.quantization == "nf4":
         problems.append(
             "model.quantization: nf4 weights can't be trained; leave out --full (tuning: full), or set it to auto or none"
+        )
+    if recipe.lora.use_dora and not full and is_sharded:
+        problems.append(
+            "lora.use_dora: needs the base's whole weights on each GPU; set memory.sharding to none, or leave it out"
         )
     if recipe.memory.activation_offload is True and device_type != "cuda":
         problems.append(

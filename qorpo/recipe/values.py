@@ -84,6 +84,11 @@ Text = Annotated[str, Field(min_length=1), BeforeValidator(_text), expects("text
 Texts = Annotated[tuple[Text, ...], Field(min_length=1), BeforeValidator(names_listed)]
 Names = Annotated[tuple[Text, ...], BeforeValidator(names_listed), expects("a list of module names")]
 Targets = Annotated[Literal["all-linear"] | Texts, expects("all-linear, or a list of module names")]
+# PEFT's others change the base's weights, which an adapter's folder does not hold, or look at data first.
+LoraInit = Annotated[
+    Literal["default", "gaussian", "orthogonal"],
+    expects("default, gaussian or orthogonal (what changes the base's weights or needs data is not taken)"),
+]
 Columns = Annotated[
     dict[Text, Text], expects("names of qorpo's and the records' own, such as {prompt: query}")
 ]

@@ -18,7 +18,7 @@ class Order:
     def __init__(self, num_groups: int, keys: TrainRecipe):
         self.num_groups, self.seed, self.per_step = num_groups, keys.seed, keys.pairs_per_step
         self.steps_per_epoch = math.ceil(num_groups / self.per_step)
-        self.total_steps = keys.max_steps or max(1, round(keys.epochs * self.steps_per_epoch))
+        self.total_steps = keys.max_steps or max(1, round(float(keys.epochs) * self.steps_per_epoch))
         self._epoch: tuple[int, torch.Tensor] | None = None  # its number, and its order, made once
 
     def of_step(self, step: int) -> list[int]:

@@ -21,6 +21,7 @@ from qorpo.engine.optim import make_optimizer, make_schedule
 from qorpo.engine.step import run_step
 from qorpo.engine.within_memory import within_memory
 from qorpo.errors import ModelError, RunError
+from qorpo.model.adapters import b_matrices
 from qorpo.model.checkpointing import checkpoint_layers
 from qorpo.model.liger import apply_liger, has_liger
 from qorpo.model.load import keep_nf4_trainable
@@ -78,7 +79,7 @@ class Session:
             self._resolve_attention(scorer, scorer)
         self._resolve_memory(scorer)
 
-        optimizer = make_optimizer(trained_of(self.model), recipe.train)
+        optimizer = make_optimizer(trained_of(self.model), recipe.train, b_matrices(self.model))
         self.scorer, self.optimizer = self.accelerator.prepare(scorer, optimizer)
         self.trained = trained_of(scorer)
         if self.is_sharded:  # a forward needs every rank, and its weights only now are everywhere

@@ -138,13 +138,7 @@ def make_weights(model: PreTrainedModel | PeftModel, recipe: Recipe) -> Weights:
         return FullWeights(model)
     if isinstance(model, PeftModel):
         return AdapterWeights(model)
-    lora = recipe.lora
-    return AdapterWeights(
-        attach_lora(
-            model, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout,
-            targets=lora.targets, modules_to_save=lora.modules_to_save,
-        )
-    )  # fmt: skip
+    return AdapterWeights(attach_lora(model, **dict(recipe.lora)))
 
 
 def load_adapter(folder: Path, model: PeftModel) -> None:

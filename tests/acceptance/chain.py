@@ -40,6 +40,7 @@ class Row:
     objective: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=lambda: {"path": "demo"})
     changes: dict[str, Any] = field(default_factory=dict)  # to SHORT_RUN
+    lora: dict[str, Any] = field(default_factory=dict)  # beside rank and alpha
     full_learning_rate: float = SHORT_RUN["learning_rate"]
     dropped: dict[str, int] = field(default_factory=dict)
     noted: dict[str, int] = field(default_factory=dict)
@@ -54,7 +55,7 @@ class Row:
                 "train": self.train, "eval": self.eval, "max_length": 128, "max_prompt_length": 64, **self.data
             },
             "objective": self.objective,
-            "lora": {"rank": 4, "alpha": 8},
+            "lora": {"rank": 4, "alpha": 8, **self.lora},
             "train": SHORT_RUN | self.changes,
             "output": str(folder / "run"),
         }  # fmt: skip

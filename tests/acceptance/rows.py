@@ -108,6 +108,15 @@ COMMITTED = [
     ),
 ]
 
+DEMO = Row("demo", "demo", "demo:eval")
+COMMITTED += [
+    replace(
+        DEMO, name="DoRA scaled as rsLoRA, LoRA+", lora={"use_dora": True, "use_rslora": True, "init": "gaussian"},
+        changes={"lora_plus_ratio": 4},
+    ),
+    replace(DEMO, name="orthogonal, groups per step", lora={"init": "orthogonal"}, changes={"pairs_per_step": None, "groups_per_step": 8}),
+]  # fmt: skip
+
 ALPACA_EVAL = SHARED / "data" / "alpaca_eval"
 LLAMA_FACTORY = SHARED / "data" / "llama_factory"
 

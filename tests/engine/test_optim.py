@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from qorpo.engine.optim import load_optimizer_state, make_optimizer, make_schedule
+from qorpo.engine.optim import load_optimizer_state, make_optimizer, make_schedule, take_rate
 from qorpo.recipe import load_recipe
 
 OPTIMIZERS = ["paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw_torch", "adamw_torch_fused"]
@@ -94,6 +94,45 @@ def test_weight_decay_shrinks_matrices_alone():
     optimizer.step()
     torch.testing.assert_close(weights[0].detach(), before[0] * (1 - 0.01 * 0.5))
     assert torch.equal(weights[2], before[2])
+
+
+def test_with_lora_plus_b_matrices_learn_at_so_many_times_the_rate():
+    """A step of AdamW with constant gradients is the rate itself, whatever their size; decay goes with the rate."""
+    weights = parameters()
+    before = [weight.detach().clone() for weight in weights]
+    recipe = settings(lora_plus_ratio=16, schedule="linear", warmup_ratio=0.5, weight_decay=0.0)
+    optimizer = make_optimizer(weights, recipe, b_matrices=weights[1:2])
+    schedule = make_schedule(optimizer, recipe, 4)
+    for rate in (0.005, 0.01, 0.01, 0.005):
+        assert schedule.get_last_lr() == pytest.approx([rate, rate, 16 * rate])
+        for weight in weights:
+            weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        schedule.step()
+    for weight, start, ratio in zip(weights, before, (1, 16, 1), strict=True):
+        torch.testing.assert_close((start - weight).detach(), torch.full_like(start, 0.03 * ratio))
+
+
+def test_a_schedule_of_two_rates_goes_on_with_both():
+    recipe = settings(lora_plus_ratio=16)
+    schedules = []
+    for _ in range(2):
+        weights = parameters()
+        schedules.append(make_schedule(make_optimizer(weights, recipe, weights[:1]), recipe, 20))
+    for _ in range(7):
+        schedules[0].optimizer.step()
+        schedules[0].step()
+    schedules[1].load_state_dict(copy.deepcopy(schedules[0].state_dict()))
+    take_rate(schedules[1])
+    rates = schedules[1].get_last_lr()
+    assert rates == schedules[0].get_last_lr()
+    assert rates[-1] == pytest.approx(16 * rates[0])
+
+
+def test_b_matrices_of_another_recipe_learn_at_the_same_rate():
+    weights = parameters()
+    optimizer = make_optimizer(weights, settings(), b_matrices=weights[:1])
+    assert {group["lr"] for group in optimizer.param_groups} == {0.01}
 
 
 def step(optimizer, weights, number):

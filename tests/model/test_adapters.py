@@ -7,11 +7,13 @@ import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
+from peft.utils.integrations import dequantize_bnb_weight
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 from qorpo.data.groups import Group
 from qorpo.data.pack import pack_groups
+from qorpo.errors import ModelError
 from qorpo.model.adapters import attach_lora
 from qorpo.model.checkpointing import checkpoint_layers
 from qorpo.model.load import load_model
@@ -71,6 +73,93 @@ def test_sums_are_pefts(base, dtype, dropout):
     tolerance = {torch.float64: 1e-12, torch.bfloat16: 0.05}[dtype]
     for mine, theirs in zip(loss_and_gradients(ours), loss_and_gradients(pefts), strict=True):
         assert (mine - theirs).norm() <= tolerance * theirs.norm()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize(
+    "architecture", ["llama", "gpt2"]
+)  # the other keeps its matrices transposed, with biases
+def test_dora_is_pefts(base, dropout, architecture):
+    """Value and gradients in float64, of rows whose lengths have been trained."""
+    model = load_model(str(base), quantization="none") if architecture == "llama" else tiny_gpt2()
+    torch.manual_seed(0)
+    ours = attach_lora(model.double(), use_dora=True, dropout=dropout).train()
+    untrained = loss_and_gradients(ours)[0]
+    with ours.disable_adapter():
+        torch.testing.assert_close(loss_and_logps(ours), untrained, rtol=1e-12, atol=1e-12)
+    for name, weight in ours.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.05)
+        if "magnitude" in name:
+            weight.data *= 1 + 0.3 * torch.randn_like(weight)
+    pefts = copy.deepcopy(ours)
+    for module in pefts.modules():
+        if isinstance(module, LoraLayer):
+            del module.forward
+    for mine, theirs in zip(loss_and_gradients(ours), loss_and_gradients(pefts), strict=True):
+        assert (mine - theirs).norm() <= 1e-12 * theirs.norm()
+
+
+def tiny_gpt2():
+    config = GPT2Config(
+        vocab_size=99, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
+    )
+    return GPT2LMHeadModel(config)
+
+
+def loss_and_logps(model):
+    scorer = Scorer(model)
+    with scorer.packed_attention():
+        return scorer(PACKED).detach()
+
+
+def test_dora_on_4_bits_begins_as_the_base_and_unpacks_no_weight_for_its_row_lengths(base):
+    torch.manual_seed(0)
+    model = attach_lora(load_model(str(base)), use_dora=True).train()
+    with Calls() as calls:
+        adapted_logps = loss_and_gradients(model)[0]
+    with model.disable_adapter():
+        assert torch.equal(loss_and_logps(model), adapted_logps)
+    assert calls.counts["bitsandbytes.dequantize_4bit"] == NUM_LINEARS - 3  # in backward, as without DoRA
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            exact = dequantize_bnb_weight(module.base_layer.weight).float().norm(dim=1)
+            torch.testing.assert_close(module.lora_magnitude_vector["default"].weight.detach(), exact)
+
+
+def test_rows_of_zeros_have_a_gradient_under_dora():
+    model = tiny_gpt2()
+    model.transformer.h[0].attn.c_attn.weight.data[:, :5] = 0
+    model = attach_lora(model, use_dora=True)
+    assert all(each.isfinite().all() for each in loss_and_gradients(model.train()))
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_an_orthogonal_beginning_is_the_base_with_both_matrices_there(base, quantization):
+    """PEFT's own makes bytes of them on 4 bits, and rounds them to the base's type in 16."""
+    torch.manual_seed(0)
+    model = attach_lora(load_model(str(base), quantization=quantization), init="orthogonal")
+    assert model.peft_config["default"].init_lora_weights == "orthogonal"
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+            assert a.dtype == b.dtype == torch.float32
+            assert a.std() > 0.02
+            assert b.std() > 0.02
+            assert (b @ a).abs().max() < 1e-6
+
+
+def test_an_orthogonal_beginning_needs_an_even_rank(base):
+    with pytest.raises(ModelError, match=r"lora\.init: orthogonal needs an even rank"):
+        attach_lora(load_model(str(base)), init="orthogonal", rank=5)
+
+
+def test_a_gaussian_beginning_and_rslora_are_pefts(base):
+    model = attach_lora(load_model(str(base)), init="gaussian", use_rslora=True, rank=16, alpha=32)
+    layer = next(module for module in model.modules() if isinstance(module, LoraLayer))
+    assert layer.scaling["default"] == 8  # 32 / √16
+    assert layer.lora_A["default"].weight.std().item() == pytest.approx(1 / 16, rel=0.2)
+    assert not layer.lora_B["default"].weight.any()
 
 
 def test_what_is_beyond_one_plain_adapter_is_pefts_own(base):

@@ -55,6 +55,7 @@ class Case(NamedTuple):
     attention: str = "sdpa"
     accumulates: bool = True
     objective: str = "{}"  # its section of the recipe, JSON
+    lora: str = "{}"  # the same
 
 
 CASES = [
@@ -70,6 +71,15 @@ CASES = [
     Case("llama", "nf4", ((60, 240), (30, 90)), objective='{"name": "sft"}'),
     Case(
         "llama", "nf4", THREE_PAIRS, objective='{"name": "cpo", "nll_tokens": "all", "nll_average": "token"}'
+    ),
+    Case("llama", "nf4", ONE_PAIR, lora='{"use_dora": true}'),
+    Case(
+        "opt",
+        "none",
+        ONE_PAIR,
+        recomputed=0,
+        optimizer="adamw_torch",
+        lora='{"use_dora": true, "dropout": 0.1}',
     ),
 ]
 
@@ -92,13 +102,13 @@ def folder_of(tmp_path_factory):
 
 def recipe_of(case: Case):
     raw = {"model": {"path": "x", "quantization": case.quantization}, "data": {"train": "x"}, "output": "x"}
-    raw["objective"] = json.loads(case.objective)
+    raw["objective"], raw["lora"] = json.loads(case.objective), json.loads(case.lora)
     return resolve(load_recipe(raw | {"train": {"optimizer": case.optimizer}}), device_type="cpu")
 
 
 def loaded(folder: Path, recipe):
     model = load_model(str(folder), quantization=recipe.model.quantization)
-    return attach_lora(model, rank=recipe.lora.rank, alpha=recipe.lora.alpha)
+    return attach_lora(model, **dict(recipe.lora))
 
 
 def standing_storages(model, optimizer) -> dict[int, int]:
