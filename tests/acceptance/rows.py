@@ -112,7 +112,7 @@ DEMO = Row("demo", "demo", "demo:eval")
 COMMITTED += [
     replace(
         DEMO, name="DoRA scaled as rsLoRA, LoRA+", lora={"use_dora": True, "use_rslora": True, "init": "gaussian"},
-        changes={"lora_plus_ratio": 4},
+        changes={"lora_plus_ratio": 4, "learning_rate": 3e-4},
     ),
     replace(DEMO, name="orthogonal, groups per step", lora={"init": "orthogonal"}, changes={"pairs_per_step": None, "groups_per_step": 8}),
 ]  # fmt: skip
