@@ -32,6 +32,8 @@ def closing(result: Any) -> list[str]:
             for step, title in titles.items()
             if step in result.evaluations
         }
+    if result.stopped_early:
+        lines.append(result.stopped_early)
     lines += _table(columns | {"last step": result.last_step})
     if result.warning:
         return [*lines, "", result.warning]
@@ -63,7 +65,10 @@ def figure(value: float) -> str:
 
 def _next_commands(result: Any) -> list[str]:
     run, length = shlex.quote(str(result.output)), result.trainer.recipe.train
-    longer = f"max_steps={2 * result.steps}" if length.max_steps else f"epochs={length.epochs + 1:g}"
+    if result.stopped_early:
+        longer = "early_stopping=null"
+    else:
+        longer = f"max_steps={2 * result.steps}" if length.max_steps else f"epochs={length.epochs + 1:g}"
     go_on = f"qorpo train {run}/recipe.yaml --resume train.{longer}   # to train on"
     if result.trainer.recipe.tuning == "full":
         return [go_on]

@@ -24,7 +24,7 @@ from qorpo.recipe import Recipe
 logger = logging.getLogger(__name__)
 
 # What may change from a run to its resumption: its length, and what doesn't change its result, but for dropout's draws.
-LENGTHS = ("train.epochs", "train.max_steps")
+LENGTHS = ("train.epochs", "train.max_steps", "train.early_stopping")
 MAY_CHANGE = (
     "output", "memory.budget_gib", "memory.microbatch_tokens", "memory.logprob_chunk_tokens",
     "memory.activation_checkpointing", "memory.activation_offload", "memory.sharding",

@@ -111,6 +111,7 @@ def test_three_keys_make_a_recipe_and_the_rest_has_the_documented_defaults():
             "max_grad_norm": 1.0,
             "seed": 42,
             "eval_every": 0.1,
+            "early_stopping": None,
             "save_every": 0.1,
             "log_every": 1,
             "keep_checkpoints": 2,

@@ -115,7 +115,7 @@ def _run_section(trained: Trained) -> list[str]:
         lines += [
             f"| {name} | {value:.4f} |"
             for name, value in sorted(measured.items())
-            if name != "eval_pairs_per_second"
+            if not name.endswith("_per_second")
         ]
     return [*lines, "", "```yaml", trained.recipe.to_yaml().strip(), "```"]
 

@@ -176,6 +176,10 @@ class TrainRecipe(Keys):
     )
     seed: Seed = key(42, "Seed of all that is random: adapters, order of pairs, evaluation split, dropout.")
     eval_every: Every = key(0.1, "How often to evaluate: below 1 in epochs, from 1 on in steps.")
+    early_stopping: Count | None = key(
+        None,
+        "Evaluations in a row without a better one after which the run ends; null: it goes to its last step.",
+    )
     save_every: Every = key(0.1, "How often to save a checkpoint: below 1 in epochs, from 1 on in steps.")
     log_every: Count = key(1, "Steps from one log line to the next; metrics.jsonl has every step.")
     keep_checkpoints: Count = key(2, "How many of the latest checkpoints to keep.")

@@ -62,7 +62,7 @@ class RunFiles:
             return settings.max_steps
         for step, row in self.steps.items():
             if row.get("epoch", 0) > 0:
-                return max(1, round(settings.epochs * round(step / row["epoch"])))
+                return max(1, round(float(settings.epochs) * round(step / row["epoch"])))
         return None
 
     @property

@@ -227,7 +227,7 @@ def machine(run: RunFiles) -> Iterator[tuple[str, str]]:
         yield "device", str(environment["device"]) + (f", {ranks} processes" if ranks != 1 else "")
     if seconds := list(_step_seconds(run)):
         yield "time in steps", f"{duration(sum(seconds))} for {len(seconds):,} steps"
-        for name in ("tokens_per_second", "pairs_per_second"):
+        for name in ("tokens_per_second", "pairs_per_second", "groups_per_second"):
             _, values = series_of(run.steps, name)
             if values:
                 yield name_of(name), f"{figure(float(np.median(values)))} (median)"
@@ -248,8 +248,8 @@ def machine(run: RunFiles) -> Iterator[tuple[str, str]]:
 def _step_seconds(run: RunFiles) -> Iterator[float]:
     """Of each step, from its speed: a log interval's steps share one."""
     for row in run.steps.values():
-        if row.get("pairs_per_second", 0) > 0:
-            yield run.recipe.train.pairs_per_step / row["pairs_per_second"]
+        if speed := row.get("pairs_per_second") or row.get("groups_per_second"):
+            yield run.recipe.train.pairs_per_step / speed
 
 
 def next_commands(run: RunFiles) -> list[str]:
@@ -259,7 +259,9 @@ def next_commands(run: RunFiles) -> list[str]:
     if not run.is_finished:
         return [f"qorpo train {recipe} --resume   # if it no longer runs"]
     length = (
-        f"max_steps={2 * settings.max_steps}" if settings.max_steps else f"epochs={settings.epochs + 1:g}"
+        f"max_steps={2 * settings.max_steps}"
+        if settings.max_steps
+        else f"epochs={float(settings.epochs) + 1:g}"
     )
     go_on = f"qorpo train {recipe} --resume train.{length}   # to train on"
     if run.recipe.tuning == "full" or run.kept_step == 0:

@@ -8,9 +8,19 @@ from transformers import PreTrainedTokenizerBase
 
 from qorpo.data.groups import Group
 from qorpo.data.token_table import largest_token_id, longest_sequence
-from qorpo.errors import DataError, ModelError
+from qorpo.errors import DataError, ModelError, RecipeError
+from qorpo.recipe import Recipe
 
 logger = logging.getLogger(__name__)
+
+
+def check_early_stopping(recipe: Recipe, has_eval: bool) -> None:
+    """Raises RecipeError where a run is to stop by evaluations, and has none."""
+    if recipe.train.early_stopping is not None and not has_eval:
+        raise RecipeError(
+            f"train.early_stopping: {recipe.train.early_stopping} counts evaluations, and there are none; set data.eval, or "
+            "leave it out"
+        )
 
 
 def check_vocabulary(model: Any, tokenizer: PreTrainedTokenizerBase, groups: Sequence[Group]) -> None:

@@ -24,9 +24,9 @@ from qorpo.identity import run_identity
 from qorpo.model.load import read_chat_template
 from qorpo.recipe import Recipe
 from qorpo.training.checkpoint import Checkpoints, TrainState
-from qorpo.training.checks import check_positions, check_vocabulary
+from qorpo.training.checks import check_early_stopping, check_positions, check_vocabulary
 from qorpo.training.last_state import ending_with_advice
-from qorpo.training.metrics import Metrics, change_for_the_worse
+from qorpo.training.metrics import Metrics, change_for_the_worse, speed_name, without_a_better_one
 from qorpo.training.order import Order, mixed
 from qorpo.training.progress import Progress
 from qorpo.training.resume import go_on
@@ -75,6 +75,7 @@ class Trainer:
         for pairs in parts:
             check_vocabulary(model, tokenizer, pairs)
             check_positions(model, pairs)
+        check_early_stopping(recipe, bool(self.eval_pairs))
         self.order = Order(len(self.train_pairs), recipe.train)
 
         self.session = Session(
@@ -148,12 +149,12 @@ class Trainer:
             self.progress.start(self.state.step, self.total_steps)
             with StopSignals() as signals:
                 self._before_the_first_step()
-                while self.state.step < self.total_steps:
+                while not self.is_done:
                     self._step()
                     self.progress.step(self.state.step)
                     waited = self._write_what_is_due()
-                    is_done = self.state.step == self.total_steps  # what is left is to save the result
-                    if not is_done and (received := signals.agreed(self.session.ranks, waited)):
+                    # Of a run that is done, what is left is to save the result.
+                    if not self.is_done and (received := signals.agreed(self.session.ranks, waited)):
                         self._stop(received)
             self._finish()
         evaluations = self.metrics.evaluations
@@ -172,7 +173,7 @@ class Trainer:
             means = self.session.evaluate(self.eval_pairs, self.objective)
         metrics = {f"eval_{name}": value.item() for name, value in means.items()}
         seconds = time.perf_counter() - started
-        return metrics | {"eval_pairs_per_second": len(self.eval_pairs) / seconds}
+        return metrics | {f"eval_{speed_name(self.eval_pairs)}": len(self.eval_pairs) / seconds}
 
     def save(self, folder: str | Path) -> None:
         """Write the adapter in PEFT's format (the model in transformers' after full tuning), the tokenizer with its
@@ -183,6 +184,22 @@ class Trainer:
         self.session.weights.save(Path(folder), is_main)
         if is_main:
             save_tokenizer(Path(folder), self.chat)
+
+    @property
+    def is_done(self) -> bool:
+        return self.state.step == self.total_steps or self.stopped_early is not None
+
+    @property
+    def stopped_early(self) -> str | None:
+        """Why the run ends before its last step, by `train.early_stopping`; None where it does not."""
+        patience, best = self.recipe.train.early_stopping, self.state.best_step
+        since = without_a_better_one(self.metrics.evaluations, best)
+        if patience is None or len(since) < patience or self.state.step == self.total_steps:
+            return None
+        return (
+            f"stopped after step {self.state.step} of {self.total_steps}: {len(since)} evaluations in a row with no better "
+            f"{self.objective.headline.metric} than step {best} has (train.early_stopping: {patience})"
+        )
 
     @property
     def warning(self) -> str | None:
@@ -227,7 +244,7 @@ class Trainer:
             self.flush_metrics()
             self.checkpoints.finish(wait=False)
         is_best = is_evaluation and self._evaluate_and_write()
-        if is_save or is_best:
+        if is_save or is_best or (is_evaluation and self.is_done):
             self.checkpoints.write(self.state)
         return is_flush
 
@@ -260,6 +277,8 @@ class Trainer:
     def _finish(self) -> None:
         """Leave the result in its folder: the best weights, else the last."""
         self.checkpoints.finish()
+        if reason := self.stopped_early:
+            logger.info("%s", reason)
         if warning := self.warning:
             logger.warning("%s", warning)
         if self.state.best_step not in (None, self.state.step):

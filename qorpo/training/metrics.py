@@ -41,14 +41,15 @@ class Metrics:
     def _clear(self) -> None:
         """Forget the steps so far: they are on disk."""
         self._unwritten: list[Mapping[str, Any]] = []
-        self._pairs = self._tokens = 0
+        self._groups = self._tokens = 0
         self._seconds = 0.0
 
-    def add_step(self, pairs: Sequence[Group], figures: Mapping[str, Any], seconds: float) -> None:
-        """One more step: its pairs, its figures by name (numbers or tensors of one element), and its time."""
+    def add_step(self, groups: Sequence[Group], figures: Mapping[str, Any], seconds: float) -> None:
+        """One more step: its groups, its figures by name (numbers or tensors of one element), and its time."""
         self._unwritten.append(figures)
-        self._pairs += len(pairs)
-        self._tokens += sum(map(row_tokens, pairs))
+        self._speed_name = speed_name(groups)
+        self._groups += len(groups)
+        self._tokens += sum(map(row_tokens, groups))
         self._seconds += seconds
 
     def write_steps(self, last: int, steps_per_epoch: int) -> None:
@@ -87,7 +88,7 @@ class Metrics:
         seconds = self._seconds + time.perf_counter() - started
         speeds = {
             "tokens_per_second": self._tokens / seconds,
-            "pairs_per_second": self._pairs / seconds,
+            self._speed_name: self._groups / seconds,
             "peak_memory_gib": peak_memory_gib(self.device),
         }
         return [dict(zip(names, row, strict=True)) | speeds for row in values]
@@ -121,6 +122,16 @@ def _diverged(step: int, figures: str) -> RunError:
         f"step {step}: {figures}: training has diverged; lower train.learning_rate or raise train.warmup_ratio, "
         "and start anew"
     )
+
+
+def speed_name(groups: Sequence[Group]) -> str:
+    """What the number of groups a second is called: pairs are what most people have."""
+    return "pairs_per_second" if len(groups[0].responses) == 2 else "groups_per_second"
+
+
+def without_a_better_one(evaluations: Mapping[int, Any], best_step: int | None) -> list[int]:
+    """The steps of the evaluations since the best one."""
+    return [step for step in sorted(evaluations) if best_step is not None and step > best_step]
 
 
 def change_for_the_worse(

@@ -14,6 +14,7 @@ SHOWN = (
     ("rewards/accuracies", "accuracy", ".3f"),
     ("learning_rate", "lr", ".1e"),
     ("pairs_per_second", "pairs/s", ".1f"),
+    ("groups_per_second", "groups/s", ".1f"),
 )
 SHOWN_HELD_OUT = (
     ("loss", "loss", ".4f"),

@@ -5,6 +5,7 @@ import logging
 from qorpo.engine.optim import take_rate
 from qorpo.errors import RunError
 from qorpo.out_of_memory import advised
+from qorpo.recipe import load_recipe
 from qorpo.training.checkpoint import Checkpoints, TrainState
 from qorpo.training.metrics import Metrics
 from qorpo.training.session import Session
@@ -44,6 +45,8 @@ def go_on(session: Session, checkpoints: Checkpoints, metrics: Metrics, total_st
             "%d steps now, %s: the learning rate of step %d was to be %.3g and is %.3g",
             total_steps, keys.schedule, state.step + 1, planned, rate,
         )  # fmt: skip
-        if folder.recipe.exists():
-            folder.write_recipe(session.recipe.to_yaml())
+    if folder.recipe.exists() and (
+        rate != planned or load_recipe(folder.recipe).train.early_stopping != keys.early_stopping
+    ):
+        folder.write_recipe(session.recipe.to_yaml())
     return state

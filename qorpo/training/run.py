@@ -26,6 +26,7 @@ from qorpo.planning.auto import cap_card
 from qorpo.recipe import Recipe, load_recipe
 from qorpo.storage import read_note
 from qorpo.training.checkpoint import check_checkpoint
+from qorpo.training.checks import check_early_stopping
 from qorpo.training.loop import Trainer
 from qorpo.training.progress import Progress
 from qorpo.training.run_folder import RunFolder
@@ -50,11 +51,12 @@ class TrainResult:
 
     output: Path
     trained: Path  # the adapter's folder, or the model's after full tuning
-    steps: int
+    steps: int  # that were taken
     best_step: int | None  # of the lowest evaluation loss, where there was an evaluation; 0 is the start
     metrics: dict[str, float]  # the last evaluation's, else the last step's
     evaluations: dict[int, dict[str, float]]  # metrics by step, the start's at 0
     last_step: dict[str, float]  # the last step's metrics
+    stopped_early: str | None  # why, where train.early_stopping ended it
     warning: str | None  # where the held-out loss did not fall
     trainer: Trainer
 
@@ -90,6 +92,7 @@ def _train(folder: RunFolder, recipe: Recipe, resume: bool, progress: Progress |
         recipe = merge_saved(load_recipe(folder.recipe), recipe)
     else:
         folder.check_free()
+    check_early_stopping(recipe, recipe.data.eval is not None)
     state = this_process()
     device = state.device
     check_bfloat16(device)
@@ -132,11 +135,12 @@ def _train(folder: RunFolder, recipe: Recipe, resume: bool, progress: Progress |
     return TrainResult(
         output=folder.path,
         trained=trainer.result,
-        steps=trainer.total_steps,
+        steps=trainer.state.step,
         best_step=trainer.state.best_step,
         metrics=metrics,
         evaluations=trainer.metrics.evaluations,
         last_step=trainer.metrics.last_step,
+        stopped_early=trainer.stopped_early,
         warning=trainer.warning,
         trainer=trainer,
     )

@@ -35,6 +35,8 @@ def test_rows_of_one_answer_train(base, rows_file, tmp_path):
     result = qorpo.train(sft(base, rows_file, tmp_path / "run", data__eval=0.25))
     evaluations = [line for line in read_metrics(tmp_path / "run") if "eval_loss" in line]
     assert evaluations[-1]["eval_loss"] < evaluations[0]["eval_loss"]
+    steps = [line for line in read_metrics(tmp_path / "run") if "loss" in line]
+    assert all("groups_per_second" in line and "pairs_per_second" not in line for line in steps)
     assert {"eval_nll", "eval_chosen_logps"} <= evaluations[0].keys()
     assert result.warning is None
     saved = load_recipe(tmp_path / "run" / "recipe.yaml")
