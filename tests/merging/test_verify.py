@@ -21,7 +21,7 @@ from qorpo.merging import merge as merging
 from qorpo.merging.source import find_base, find_trained
 from qorpo.merging.verify import THRESHOLDS, Verification, _Scores, verify_merged, with_adapters
 from qorpo.model.load import load_model
-from qorpo.model.scoring import own_logps, sequences
+from qorpo.model.sequences import own_logps, sequences
 from qorpo.objectives.orpo import Orpo
 from qorpo.objectives.simpo import Simpo
 

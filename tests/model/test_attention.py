@@ -18,8 +18,9 @@ from qorpo.data.pack import pack_groups
 from qorpo.errors import ModelError
 from qorpo.model import attention
 from qorpo.model.attention import PackedLayout
-from qorpo.model.scoring import Scorer, own_logps
+from qorpo.model.scoring import Scorer
 from qorpo.model.selfcheck import varlen_has_all
+from qorpo.model.sequences import own_logps
 
 LENGTHS = [(11, 9, 4), (1, 1, 1), (6, 7), (7, 3, 12, 1, 6, 2), (2, 8, 5)]  # groups of 1, 2 and 5 responses
 BUDGET = 1.5

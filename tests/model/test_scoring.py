@@ -12,8 +12,9 @@ from qorpo.data.groups import Group
 from qorpo.data.pack import pack_groups
 from qorpo.errors import ModelError
 from qorpo.model.checkpointing import checkpoint_layers
-from qorpo.model.scoring import Scorer, own_logps, sequences
+from qorpo.model.scoring import Scorer
 from qorpo.model.selfcheck import make_scorer
+from qorpo.model.sequences import own_logps, sequences
 
 LENGTHS = [(11, 9, 4), (5, 8), (1, 1, 1), (7, 3, 12, 1, 6, 2)]  # groups of 1, 2 and 5 responses
 

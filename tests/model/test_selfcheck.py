@@ -10,8 +10,8 @@ from qorpo.data.pack import pack_groups
 from qorpo.errors import ModelError
 from qorpo.model import scoring
 from qorpo.model.probe import probe_rows
-from qorpo.model.scoring import own_logps
 from qorpo.model.selfcheck import make_scorer
+from qorpo.model.sequences import own_logps
 
 NEO = {
     "vocab_size": 97, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]],
