@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from qorpo.data.groups import Group
 from qorpo.data.pack import PackedGroups, pack_groups
@@ -118,17 +117,14 @@ def observed(scorer: Scorer, call: Callable[..., torch.Tensor], probe: Probe, **
         seen.append(embedded.detach().requires_grad_())
         return seen[-1]
 
-    # FSDP2's parameters are gathered by what a backward into them would do: there the check runs forward only.
-    is_sharded = any(isinstance(weight, DTensor) for weight in scorer.model.parameters())
-    hook = None if is_sharded else scorer.model.get_input_embeddings().register_forward_hook(cut_off)
+    hook = scorer.model.get_input_embeddings().register_forward_hook(cut_off)
     try:
-        with torch.set_grad_enabled(not is_sharded), scorer.packed_attention():
+        with torch.enable_grad(), scorer.packed_attention():
             logps_S = call(packed, **options)
             objective = (logps_S * probe.upstream_S.to(logps_S)).sum()
             gradients = torch.autograd.grad(objective, seen) if seen else ()
     finally:
-        if hook is not None:
-            hook.remove()
+        hook.remove()
     gradient_TH = _by_row(packed, [gradient[0].double() for gradient in gradients])
     return Observed(
         logps_S.detach()[probe.first_S],

@@ -1,9 +1,10 @@
 """One rank of several runs, one after another: `python ranks.py JOBS.json`, alone or under torchrun, over gloo.
 
 accelerate leaves FSDP out on the CPU; the shim below is all that differs from a cluster. A job is
-{"recipe", "dtype", "output", "kill": [rank, step], "resume", "sgd": bool, "profile": step, "per_node": ranks}. With
-"output" the main rank saves there what it saw: the gradients of every step, the losses, the final weights, the bytes it
-held; with "profile" instead of gradients the memory of that step.
+{"recipe", "dtype", "output", "kill": [rank, step], "resume", "sgd": bool, "profile": step, "per_node": ranks,
+"forgets": bool}. With "output" the main rank saves there what it saw: the gradients of every step, the losses, the final
+weights, the bytes it held; with "profile" instead of gradients the memory of that step; with "forgets" only what the
+check at load says of packed attention whose backward forgets a part.
 """
 
 import json
@@ -21,11 +22,13 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
 
 import qorpo
+import qorpo.model.scoring as scoring
 import qorpo.training.loop as loop
 import qorpo.training.run as run
 import qorpo.training.session as session
 from qorpo.engine.distributed import gathered
-from qorpo.model.load import load_tokenizer
+from qorpo.errors import ModelError
+from qorpo.model.load import load_model, load_tokenizer
 from qorpo.recipe import load_recipe
 
 RANKS = int(os.environ.get("WORLD_SIZE", "1"))
@@ -56,6 +59,9 @@ def do(job) -> None:
     os.environ["LOCAL_WORLD_SIZE"] = str(job.get("per_node", RANKS))
     session.make_optimizer = sgd if job.get("sgd") else make_optimizer
     WatchedTrainer.job = job
+    if job.get("forgets"):
+        note_refusal(recipe, Path(job["output"]))
+        return
     if job.get("dtype"):
         model = AutoModelForCausalLM.from_pretrained(recipe.model.path, dtype=getattr(torch, job["dtype"]))
         pairs = qorpo.load_pairs(recipe.data.train[0])
@@ -66,6 +72,27 @@ def do(job) -> None:
         trainer = qorpo.train(recipe, resume=job.get("resume", False)).trainer
     if trainer.session.accelerator.is_main_process and "output" in job:
         torch.save(trainer.seen, job["output"])
+
+
+def note_refusal(recipe, output: Path) -> None:
+    """What the check says where, in packed rows, the first layer's keys give nothing back to what they were made of."""
+    model = load_model(recipe.model.path, quantization=recipe.model.quantization)
+    keys = model.model.layers[0].self_attn.k_proj
+    layout_of = scoring.PackedLayout.of
+
+    def forgetful(packed, kernel):
+        keys.register_forward_hook(lambda module, arguments, made: made.detach())
+        return layout_of(packed, kernel)
+
+    scoring.PackedLayout.of = forgetful
+    try:
+        loop.Trainer(model, load_tokenizer(recipe.model.path), recipe, qorpo.load_pairs(recipe.data.train[0]))
+        said = "nothing"
+    except ModelError as error:
+        said = str(error)
+    scoring.PackedLayout.of = layout_of
+    if PartialState().is_main_process:
+        torch.save(said, output)
 
 
 def sgd(parameters, recipe):

@@ -78,7 +78,7 @@ def job(base, pairs_file, tmp_path_factory):
 
 
 def run(job, folder, name, **changes):
-    own = ("dtype", "sgd", "kill", "resume", "profile", "per_node")
+    own = ("dtype", "sgd", "kill", "resume", "profile", "per_node", "forgets")
     options = {key: changes.pop(key) for key in own if key in changes}
     return {**job, **options, "recipe": changed(job["recipe"], output=str(folder / name), **changes)}
 
@@ -137,6 +137,13 @@ def together(job, bigger, folder):
                     jobs[name] = run(job, folder, name, per_node=shards, **changes, **PLAIN)
         if count == 2:
             jobs["like on a cluster"] = run(job, folder, "run", **LIKE_ON_A_CLUSTER)
+            jobs |= {
+                f"forgets-{tuning}": run(
+                    job, folder, f"forgets-{tuning}", tuning=tuning, forgets=True, model__attention="sdpa",
+                    memory__sharding="full",
+                )
+                for tuning in TUNINGS
+            }  # fmt: skip
             jobs["planned"] = run(job, folder, "planned", **LIKE_ON_A_CLUSTER, **PLANNED)
             jobs |= {f"memory-{tuning}": bigger[tuning] for tuning in TUNINGS}
         found |= seen(jobs, count, folder)
@@ -159,6 +166,12 @@ def test_several_ranks_train_as_one(alone, together, tuning, ranks, microbatch_t
     for kind in ("parameters", "gradients"):
         share = one["bytes"][kind] / (shards if is_sharded else 1)
         assert several["bytes"][kind] == pytest.approx(share, rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tuning", TUNINGS)
+def test_right_log_probs_with_wrong_gradients_are_refused_where_weights_are_sharded_too(together, tuning):
+    assert "sdpa: gradients differ from the model's own by 0." in together[f"forgets-{tuning}"]
 
 
 @pytest.fixture(scope="module")
