@@ -105,7 +105,7 @@ def tokenized(
                 on_bad_record=keys.on_bad_record,
                 train_turns=turns_of(recipe),
             )
-        data = tokenize_pairs(ready, chat_format, limits_of(keys), wanted)
+        data = tokenize_pairs(ready, chat_format, limits_of(keys), wanted, keys.on_bad_record)
     counts = {len(group.responses) for group in data.groups[:1]}
     if any(count < wanted for count in counts):
         raise DataError(

@@ -336,11 +336,29 @@ def test_an_output_inside_a_file(refused, tmp_path):
 
 
 def test_an_output_that_can_not_be_written(tmp_path):
-    """The check that the command makes before all else, in a process that may not write everywhere."""
     locked = tmp_path / "locked"
     locked.mkdir()
-    check = "import sys; from qorpo.training.run_folder import RunFolder; RunFolder(sys.argv[1]).check_free()"
-    start = [sys.executable, "-c", check, str(locked / "run")]
+    said = said_of(locked / "run", locked)
+    assert said == f"output: {locked / 'run'} can't be made: {locked} takes no files; give another output"
+    assert list(locked.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "metrics.jsonl"])
+def test_a_run_that_can_not_be_written_is_told_so_before_its_model_is_loaded(tmp_path, name):
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    for file in ("recipe.yaml", "metrics.jsonl"):
+        (run / file).touch()
+    said = said_of(run, run / name)
+    assert said == f"output: {run / name} can't be written; change its permissions, or give another output"
+
+
+def said_of(run, locked):
+    """What the check that `train` makes first, `--resume` too, says in a process that may not write everywhere."""
+    check = (
+        "import sys; from qorpo.training.run_folder import RunFolder; RunFolder(sys.argv[1]).check_place()"
+    )
+    start = [sys.executable, "-c", check, str(run)]
     if os.geteuid() == 0:  # who may write anywhere, unless that is taken away
         setpriv = shutil.which("setpriv")
         if setpriv is None:
@@ -351,11 +369,7 @@ def test_an_output_that_can_not_be_written(tmp_path):
         done = subprocess.run(start, capture_output=True, text=True)
     finally:
         locked.chmod(0o755)
-    message = done.stderr.splitlines()[-1]
-    assert message.endswith(
-        f"RunError: output: {locked / 'run'} can't be made: {locked} takes no files; give another output"
-    )
-    assert list(locked.iterdir()) == []
+    return done.stderr.splitlines()[-1].partition("RunError: ")[2]
 
 
 def test_resuming_where_there_is_no_run(refused, tmp_path):

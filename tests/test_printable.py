@@ -4,11 +4,13 @@ import json
 import logging
 import os
 import re
+import warnings
 
 import pytest
 import yaml
 from helpers.tiny import changed, preference_records, write_records
 
+from qorpo.errors import DataError
 from qorpo.printable import printable
 
 HOSTILE = "\x1b[31m\x1b]0;title\x07\x9b2J\r\x7f\u202e[bold]"
@@ -91,6 +93,17 @@ def test_a_log_line_of_any_library_shows_them(command, caplog):
     logging.getLogger("another.library").warning("%s: no such model", HOSTILE)
     assert "title" in caplog.text
     assert not obeyed(caplog.text.rstrip("\n"))
+
+
+def test_so_does_a_warning(command, recipe_file, monkeypatch):
+    def warns(*arguments):
+        warnings.warn(HOSTILE, stacklevel=1)
+        raise DataError("and ends")
+
+    monkeypatch.setattr("qorpo.build.load_data", warns)
+    code, out, err = command("data", recipe_file())
+    assert (code, err.count("title")) == (2, 1)
+    assert not obeyed(out + err)
 
 
 def test_names_that_are_not_utf8_are_read_and_shown(command, recipe_file, tmp_path):

@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +21,7 @@ from qorpo.cli.common import (
     app,
     log_to,
     print_traceback,
+    print_warning,
     printable_record,
     quiet_bars_where_no_terminal,
     say,
@@ -271,6 +273,7 @@ def main() -> None:
     """Run the command line: 2 for what the user can fix, 1 for a fault of qorpo's own, 130 when interrupted."""
     logging.setLogRecordFactory(printable_record)
     sys.excepthook = print_traceback
+    warnings.showwarning = print_warning
     try:
         with advised("close what else needs memory, or take a machine with more"):
             app()

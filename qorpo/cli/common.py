@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 import traceback
+import warnings
 from typing import Annotated, Any
 
 import typer
@@ -46,6 +47,14 @@ def printable_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
     ):  # arguments that don't fit the library's own text
         record.msg, record.args = printable(record.getMessage()), None
     return record
+
+
+def print_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int,
+    file: Any = None, line: str | None = None,
+) -> None:  # fmt: skip
+    """Warnings of all libraries, too."""
+    say(warnings.formatwarning(message, category, filename, lineno, line).rstrip("\n"), err=True)
 
 
 def print_traceback(*error: Any) -> None:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 
-from qorpo.data.bounds import MOST_BYTES, SECONDS, stays_within_bounds
+from qorpo.data.bounds import MOST_BYTES, SECONDS, OutOfBoundsError, stays_within_bounds, within_bounds
 from qorpo.data.records import Conversation, Demonstration, Example, Message, Unusable
 from qorpo.errors import DataError
 
@@ -30,9 +30,16 @@ BOS_TEMPLATE = "{{- bos_token -}}\n"
 
 logger = logging.getLogger(__name__)
 
+OUT_OF_BOUNDS = "template_out_of_bounds"
+# The most that a template may write for a record: so many characters, and so many for each that it is given.
+MOST_CHARACTERS, MOST_TIMES = 1 << 20, 10
 _WITHIN_BOUNDS: set[str] = set()  # templates, with the tokens they may write, that were tried
 _PROBE = "qorpo0probe"
 _FIX = "fix it, or give another in model.chat_template"
+TOO_MUCH = (
+    f"the chat template takes over {SECONDS} seconds or {MOST_BYTES >> 30} GiB for this record, or writes far more than "
+    f"it is given; {_FIX}, or set data.on_bad_record: skip"
+)
 
 
 class Texts(NamedTuple):
@@ -85,6 +92,7 @@ class ChatFormat:
 
         Raises Unusable:
           template_refused   the template raises on this conversation (Gemma's on a system turn)
+          template_out_of_bounds  it takes far too much time or memory for it, or writes far more than it is given
           template_mismatch  with its answer, the conversation does not begin with the prompt's text, or the answer
                              is not in it unchanged, but for surrounding whitespace
           earlier_turns_rewritten  of a dialogue: with more turns, an earlier answer or its stop token is not written as
@@ -92,13 +100,24 @@ class ChatFormat:
           special_token_in_response  the answer spells a special token which can't be told from the template's own
         """
         try:
-            if isinstance(example, Demonstration) and example.every_turn:
-                return self._dialogue(example)
-            prompt = self._render(example.prompt, add_generation_prompt=True)
-            responses = tuple(self._response(example.prompt, prompt, answer) for answer in example.answers)
-        except (TemplateError, MemoryError):
+            with within_bounds():
+                texts = self._texts(example)
+        except TemplateError:
             raise Unusable("template_refused") from None
-        return Texts(prompt, responses)
+        except OutOfBoundsError:
+            raise Unusable(OUT_OF_BOUNDS) from None
+        given = sum(len(turn["content"]) for turn in example.prompt) + sum(map(len, example.answers))
+        if len(texts.prompt) + sum(map(len, texts.pieces)) > MOST_CHARACTERS + MOST_TIMES * given:
+            raise Unusable(OUT_OF_BOUNDS)
+        return texts
+
+    def _texts(self, example: Example) -> Texts:
+        if isinstance(example, Demonstration) and example.every_turn:
+            return self._dialogue(example)
+        prompt = self._render(example.prompt, add_generation_prompt=True)
+        return Texts(
+            prompt, tuple(self._response(example.prompt, prompt, answer) for answer in example.answers)
+        )
 
     def _dialogue(self, shown: Demonstration) -> Texts:
         turns: Conversation = (*shown.prompt, {"role": "assistant", "content": shown.answer})
@@ -138,7 +157,7 @@ class ChatFormat:
             return self.tokenizer.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
             )
-        except (TemplateError, MemoryError):
+        except (TemplateError, MemoryError, OutOfBoundsError):
             raise
         except Exception as error:  # a template is a program: it divides by zero, recurses, adds null to text
             raise TemplateError(f"{type(error).__name__}: {error}") from error

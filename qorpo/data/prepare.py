@@ -174,7 +174,7 @@ def _make(folder: Path, work: _Work, chat_format: ChatFormat, num_processes: int
 
 def _build(folder: Path, work: _Work, chat_format: ChatFormat, num_processes: int | None) -> None:
     """Fill the folder: tokens of both sets, which of their rows are kept, and the report, which is last."""
-    tokenize = _TokenizeBatch(chat_format, work.limits, work.num_responses)
+    tokenize = _TokenizeBatch(chat_format, work.limits, work.num_responses, work.on_bad_record)
     reports: dict[str, Any] = {"train": None, "eval": None, "whole": None, "leaked_prompts": 0}
 
     def read(name: str, files: Sequence[RecordFile]) -> tuple[DataReport, list[bytes]]:
@@ -287,14 +287,19 @@ def _tokenize(folder: Path, name: str, tokenize: "_TokenizeBatch", num_processes
 class _TokenizeBatch:
     """From a table of texts to one of tokens, or of the reason why a pair is unusable."""
 
-    def __init__(self, chat_format: ChatFormat, limits: Limits, num_responses: int):
-        self.chat_format, self.limits, self.num_responses = chat_format, limits, num_responses
+    def __init__(
+        self, chat_format: ChatFormat, limits: Limits, num_responses: int, on_bad_record: OnBadRecord
+    ):
+        self.chat_format, self.limits = chat_format, limits
+        self.num_responses, self.on_bad_record = num_responses, on_bad_record
 
     def __call__(self, texts: Any) -> Any:
         import pyarrow
 
         examples = [_example(row) for row in texts.to_pylist()]
-        results = tokenize_batch(examples, self.chat_format, self.limits, self.num_responses)
+        results = tokenize_batch(
+            examples, self.chat_format, self.limits, self.num_responses, self.on_bad_record
+        )
         schema = arrow_schema()
         columns: dict[str, list[Any]] = {
             name: [getattr(result, name, None) for result in results] for name in schema.names

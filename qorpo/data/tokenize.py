@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from qorpo.data.chat_format import ChatFormat, Texts
+from qorpo.data.chat_format import OUT_OF_BOUNDS, TOO_MUCH, ChatFormat, Texts
 from qorpo.data.groups import Group, TokenizedData, tokens_report
 from qorpo.data.records import DataReport, Example, PairSet, Unusable
+from qorpo.data.sources import OnBadRecord
 from qorpo.errors import DataError
 
 PAIRS_PER_BATCH = 1024
@@ -36,18 +37,22 @@ class Limits:
 
 
 def tokenize_pairs(
-    pairs: Sequence[Example], chat_format: ChatFormat, limits: Limits, num_responses: int = 2
+    pairs: Sequence[Example],
+    chat_format: ChatFormat,
+    limits: Limits,
+    num_responses: int = 2,
+    on_bad_record: OnBadRecord = "fail",
 ) -> TokenizedData:
     """The pairs as groups, in memory, and a PairSet's report carried on (in a copy), or a new one for other sequences.
 
-    Dropped is what tokenize_batch finds unusable. Raises DataError if no pair is left.
+    Dropped is what tokenize_batch finds unusable. Raises DataError as it does, and if no pair is left.
     """
     report = copy.deepcopy(pairs.report) if isinstance(pairs, PairSet) else DataReport()
     kept: list[Group] = []
     for start in range(0, len(pairs), PAIRS_PER_BATCH):
         batch = pairs[start : start + PAIRS_PER_BATCH]
         for pair, result in zip(
-            batch, tokenize_batch(batch, chat_format, limits, num_responses), strict=True
+            batch, tokenize_batch(batch, chat_format, limits, num_responses, on_bad_record), strict=True
         ):
             if isinstance(result, Unusable):
                 report.drop(result.reason, pair.source)
@@ -58,7 +63,11 @@ def tokenize_pairs(
 
 
 def tokenize_batch(
-    pairs: Sequence[Example], chat_format: ChatFormat, limits: Limits, num_responses: int = 2
+    pairs: Sequence[Example],
+    chat_format: ChatFormat,
+    limits: Limits,
+    num_responses: int = 2,
+    on_bad_record: OnBadRecord = "fail",
 ) -> list[Group | Unusable]:
     """Each pair as a group, or why it is unusable: what ChatFormat.texts refuses, and
 
@@ -68,12 +77,15 @@ def tokenize_batch(
     special_token_in_response           an answer with the stop token inside
 
     Of a pair's responses the first `num_responses` are kept; the other decides whether the pair is usable.
+    Raises DataError where the chat template takes far too much for a record, unless `on_bad_record` is skip.
     """
     written: list[Texts | Unusable] = []
     for pair in pairs:
         try:
             written.append(chat_format.texts(pair))
         except Unusable as refusal:
+            if refusal.reason == OUT_OF_BOUNDS and on_bad_record == "fail":
+                raise DataError(f"{pair.source}: {TOO_MUCH}") from None
             written.append(refusal)
     encoded = iter(chat_format.encode([texts for texts in written if isinstance(texts, Texts)]))
     results: list[Group | Unusable] = []

@@ -54,6 +54,7 @@ REASONS = {
     "small_margin": "the difference of scores is below data.min_margin",
     "special_token_in_response": "an answer spells a special token that would end it",
     "template_mismatch": "the chat template does not write prompt and answer as they are",
+    "template_out_of_bounds": "the chat template takes far too much for the record, or writes far more than it says",
     "template_refused": "the chat template refuses the conversation",
     "tie": "neither answer is better",
     "tools_left_out": "tool definitions beside the conversation, which are not shown to the model",

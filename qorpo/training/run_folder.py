@@ -87,6 +87,13 @@ class RunFolder:
         home = _existing(self.path)
         if not (home.is_dir() and os.access(home, os.W_OK | os.X_OK)):
             raise RunError(f"output: {self.path} can't be made: {home} takes no files; give another output")
+        for place in (self.checkpoints, self.metrics, self.recipe):  # of a run to go on with
+            if place.exists() and not os.access(place, os.W_OK):
+                raise RunError(
+                    f"output: {place} can't be written; change its permissions, or give another output"
+                )
+        if self.checkpoints.exists() and not self.checkpoints.is_dir():
+            raise RunError(f"output: {self.checkpoints} is no folder; remove it, or give another output")
 
     def check_free(self) -> None:
         """Raises RunError where something is in the way; writes nothing."""

@@ -3,7 +3,10 @@
 import gzip
 import json
 import random
+import resource
+import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow
 import pyarrow.feather
@@ -15,8 +18,11 @@ from qorpo.data import bounds, files
 from qorpo.data.bounds import stays_within_bounds
 from qorpo.data.chat_format import ChatFormat
 from qorpo.data.files import read_records
+from qorpo.data.prepare import prepare_pairs
 from qorpo.data.records import BadRecord
+from qorpo.data.shapes import Layout
 from qorpo.data.sources import load_pairs
+from qorpo.data.tokenize import Limits, tokenize_pairs
 from qorpo.errors import DataError
 
 RECORD = {"prompt": "Q", "chosen": "good", "rejected": "bad"}
@@ -301,13 +307,52 @@ def test_templates_that_fail_end_in_one_message_soon(monkeypatch, template, said
 
 
 def test_a_template_that_fails_on_a_row_drops_it(tmp_path):
-    from qorpo.data.tokenize import Limits, tokenize_pairs
-
     chat = ChatFormat(
         make_tokenizer(), "{% if 'nought' in messages[0]['content'] %}{{ 1 / 0 }}{% endif %}" + CHAT_TEMPLATE
     )
     pairs = load_pairs([RECORD, {**RECORD, "prompt": "nought"}])
     assert tokenize_pairs(pairs, chat, Limits(64, 32)).report.dropped == {"template_refused": 1}
+
+
+# What a template does with one record alone, which the conversations that it is tried with do not show.
+TOO_MUCH = {
+    "a loop": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "a huge text": "{{ 'x' * 10 ** 11 }}",
+    "a long text": "{{ messages[0]['content'] * 200000 }}",
+}
+
+
+@pytest.mark.parametrize("what", TOO_MUCH)
+def test_a_template_that_takes_too_much_for_one_record_is_told_with_its_line(tmp_path, monkeypatch, what):
+    template = "{% if 'nought' in messages[0]['content'] %}" + TOO_MUCH[what] + "{% endif %}" + CHAT_TEMPLATE
+    chat, limits, before = ChatFormat(make_tokenizer(), template), Limits(64, 32), limits_of_this_process()
+    monkeypatch.setattr(bounds, "SECONDS", 0.3)
+    path = tmp_path / "a.jsonl"
+    path.write_text(LINE + json.dumps({**RECORD, "prompt": "nought"}) + "\n")
+    with pytest.raises(DataError, match=r"a\.jsonl:2: the chat template takes over .*on_bad_record: skip"):
+        tokenize_pairs(load_pairs(path), chat, limits)
+    kept = prepare_pairs(
+        path, None, chat, limits, layout=Layout(), on_bad_record="skip", cache=tmp_path / "cache"
+    )
+    assert kept.train.report.dropped == {"template_out_of_bounds": 1}
+    assert kept.train.report.examples["template_out_of_bounds"] == ["a.jsonl:2"]
+    assert limits_of_this_process() == before
+
+
+def limits_of_this_process():
+    return (
+        resource.getrlimit(resource.RLIMIT_AS),
+        signal.getsignal(signal.SIGVTALRM),
+        signal.getitimer(signal.ITIMER_VIRTUAL),
+    )
+
+
+def test_a_record_may_be_long_and_tokenized_in_a_thread(tmp_path):
+    chat = ChatFormat(make_tokenizer())
+    pairs = load_pairs([{**RECORD, "prompt": "why " * 50_000}])
+    with ThreadPoolExecutor() as threads:
+        found = threads.submit(tokenize_pairs, pairs, chat, Limits(1_000_000, 900_000)).result()
+    assert found.report.kept == 1
 
 
 def test_a_task_that_waits_for_ever_is_ended(monkeypatch):

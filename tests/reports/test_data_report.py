@@ -1,14 +1,22 @@
 """`qorpo data`: what it prints, writes and refuses."""
 
+import errno
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 import qorpo
-from qorpo.reports.data_report import REASONS
+from qorpo.build import chat_format_of, load_data
+from qorpo.errors import RunError
+from qorpo.recipe import load_recipe
+from qorpo.reports.data_report import REASONS, save
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "bench"))
+from _syscalls import Fault, is_possible, run_child
 
 
 @pytest.fixture
@@ -90,6 +98,37 @@ def test_a_file_that_cannot_be_written_is_named_before_all_else(
     assert said in err
     assert "Traceback" not in err
     assert out == ""
+
+
+@pytest.mark.skipif(not is_possible(), reason="needs Linux 5.5 or newer with seccomp, on x86_64 or aarch64")
+@pytest.mark.parametrize("ending", ["png", "html"])
+def test_a_write_that_fails_ends_in_one_message_and_leaves_the_old_file(recipe, tmp_path, ending):
+    keys = load_recipe(recipe)
+    data = load_data(keys, chat_format_of(keys))
+    folder = tmp_path / "out"
+    folder.mkdir()
+    path = folder / f"data.{ending}"
+    save(tmp_path / path.name, data)  # what libraries write when they are imported is not looked at
+
+    def body():
+        try:
+            save(path, data)
+        except RunError as error:
+            return 2 if "can't be written (No space left on device); make room" in str(error) else 1
+        return 0
+
+    whole = run_child(body, folder, None)
+    assert (whole.code, whole.outside) == (0, set())
+    content = path.read_bytes()
+    for at in range(1, len(whole.calls) + 1):
+        path.write_bytes(b"the old one")
+        failed = run_child(body, folder, Fault(at, error=errno.ENOSPC))
+        is_removal = whole.calls[at - 1][0].startswith("unlink")
+        assert failed.code == 2 or is_removal, whole.calls[at - 1]
+        if failed.code == 2:
+            assert path.read_bytes() in (b"the old one", content)
+        assert is_removal or list(folder.iterdir()) == [path], whole.calls[at - 1]
+        [each.unlink() for each in folder.iterdir() if each != path]
 
 
 def test_a_set_of_ties_exits_with_the_counts(command, recipe, tmp_path):
