@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qorpo.data.sources import load_pairs
+    from qorpo.evaluation.evaluate import evaluate
     from qorpo.generation.generate import generate
     from qorpo.generation.load import load
     from qorpo.merging.merge import merge
@@ -37,6 +38,7 @@ if sys.platform == "linux" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CO
 # Resolved on first use, so that `import qorpo` and `qorpo --help` don't wait for torch.
 _HOMES = {
     "Trainer": "qorpo.training.loop",
+    "evaluate": "qorpo.evaluation.evaluate",
     "generate": "qorpo.generation.generate",
     "load": "qorpo.generation.load",
     "load_pairs": "qorpo.data.sources",
@@ -47,7 +49,18 @@ _HOMES = {
     "train": "qorpo.training.run",
 }
 
-__all__ = ["Trainer", "generate", "load", "load_pairs", "merge", "orpo_loss", "plan", "token_logps", "train"]
+__all__ = [
+    "Trainer",
+    "evaluate",
+    "generate",
+    "load",
+    "load_pairs",
+    "merge",
+    "orpo_loss",
+    "plan",
+    "token_logps",
+    "train",
+]
 
 
 def __dir__() -> list[str]:

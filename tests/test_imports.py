@@ -1,6 +1,6 @@
 """Imports point one way, and what is to answer at once imports no torch.
 
-cli → generation → training, merging → planning → engine, build → model → objectives, data → ops → errors. The imports are read from the source,
+cli → evaluation → generation → training, merging → planning → engine, build → model → objectives, data → ops → errors. The imports are read from the source,
 those inside functions too, so nothing is missed that only runs where a GPU is.
 """
 
@@ -42,9 +42,9 @@ HEIGHTS = {
     "reports": 6,
     "training": 7,
     "merging": 7,
-    "evaluation": 9,
     "console": 1,
     "generation": 8,
+    "evaluation": 9,
     "cli": 10,
     "__main__": 11,
     "__init__": 11,  # the public names, resolved on first use
@@ -60,6 +60,7 @@ READERS_OF_RECIPES = {
     "training",
     "merging",
     "generation",
+    "evaluation",
     "cli",
     "__init__",
 }

@@ -247,28 +247,6 @@ def plan(
         say(summary(plans[0]) if len(plans) == 1 else table(plans))
 
 
-@app.command()
-def judge(
-    annotations: Annotated[
-        list[Path],
-        typer.Option(metavar="FILE", help="A judge's verdicts, as AlpacaEval writes them; may be repeated."),
-    ],
-    output: Annotated[Path | None, typer.Option(help="Also write the win rates to this .json.")] = None,
-    debug: Debug = False,
-) -> None:
-    """Say how often a judge preferred a model to its reference, with standard error and 95% interval."""
-    from qorpo.evaluation.judge import as_table, judge_annotations
-    from qorpo.evaluation.results import check_output, write_results
-
-    if output is not None:
-        check_output(output)
-    found = [judge_annotations(path) for path in annotations]
-    if output is not None:
-        write_results(output, [each.as_dict() for each in found])
-    for line in as_table(found):
-        say(line)
-
-
 def main() -> None:
     """Run the command line: 2 for what the user can fix, 1 for a fault of qorpo's own, 130 when interrupted."""
     logging.setLogRecordFactory(printable_record)
@@ -292,4 +270,5 @@ SECONDS_FOR_THE_FIRST_RANK = 20
 
 
 import qorpo.cli.answering  # noqa: E402 (last: its commands come after these in the help)
+import qorpo.cli.evaluating  # noqa: E402
 import qorpo.cli.reporting  # noqa: E402, F401

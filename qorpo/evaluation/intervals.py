@@ -18,14 +18,11 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Interval:
-    """A figure with the interval that it lies in; both ends are the figure's own unit."""
+    """A figure with its 95% interval, where one is known, in the figure's own unit."""
 
     value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.4f} ({self.low:.4f} to {self.high:.4f})"
+    low: float | None = None
+    high: float | None = None
 
 
 def mean_interval(
