@@ -3,30 +3,36 @@
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from qorpo.data.chat_format import ChatFormat
 from qorpo.data.groups import Group, TokenizedData
 from qorpo.data.locate import Source, Sources
 from qorpo.data.prepare import PreparedData, prepare_pairs
-from qorpo.data.records import Example
+from qorpo.data.records import Example, labelled_answers
 from qorpo.data.shapes import Layout
 from qorpo.data.sources import load_pairs
+from qorpo.data.token_table import sources_without
 from qorpo.data.tokenize import Limits, tokenize_pairs
 from qorpo.errors import DataError, RecipeError
 from qorpo.objectives.asft import Asft
 from qorpo.objectives.base import Objective
 from qorpo.objectives.cpo import Cpo
+from qorpo.objectives.dpo import Dpo
+from qorpo.objectives.ipo import Ipo
+from qorpo.objectives.kto import Kto
+from qorpo.objectives.mmpo import Mmpo
 from qorpo.objectives.orpo import Orpo
 from qorpo.objectives.probability_ratio import ProbabilityRatio
 from qorpo.objectives.sft import Sft
 from qorpo.objectives.simpo import Simpo
+from qorpo.objectives.sppo import Sppo
 from qorpo.recipe import DataRecipe, ObjectiveRecipe, Recipe, SourceRecipe
 
 logger = logging.getLogger(__name__)
 
 OBJECTIVES: dict[str, Callable[..., Objective]] = {
-    each.name: each for each in (Orpo, Sft, ProbabilityRatio, Cpo, Simpo, Asft)
+    each.name: each for each in (Orpo, Sft, ProbabilityRatio, Cpo, Simpo, Asft, Dpo, Ipo, Sppo, Mmpo, Kto)
 }
 
 
@@ -58,7 +64,7 @@ def with_remote_code(recipe: Recipe, path: Path, is_said: bool) -> Recipe:
 
 def load_data(recipe: Recipe, chat_format: ChatFormat) -> PreparedData:
     """The recipe's pairs as tokens, logging what was dropped."""
-    keys = recipe.data
+    keys, objective = recipe.data, build_objective(recipe.objective)
     data = prepare_pairs(
         _sources(keys.train),
         keys.eval if isinstance(keys.eval, float | None) else _sources(keys.eval),
@@ -67,8 +73,8 @@ def load_data(recipe: Recipe, chat_format: ChatFormat) -> PreparedData:
         layout=Layout(shape=keys.shape, columns=keys.columns, ranked_pairs=keys.ranked_pairs),
         min_margin=keys.min_margin,
         on_bad_record=keys.on_bad_record,
-        train_turns=turns_of(recipe),
-        num_responses=build_objective(recipe.objective).responses,
+        **reading_of(recipe),
+        num_responses=objective.responses,
         seed=recipe.train.seed,
     )
     if data.whole is not None:
@@ -82,6 +88,7 @@ def load_data(recipe: Recipe, chat_format: ChatFormat) -> PreparedData:
             report = tokenized.report
             cut = ", ".join(f"{count} {side}" for side, count in report.cut.items() if count) or "none"
             logger.info("data: %s: %s, kept %d; cut to length: %s", name, report.summary(), report.kept, cut)
+            _check_fits(tokenized.groups, objective, f"data.{name}")
     return data
 
 
@@ -90,9 +97,10 @@ def tokenized(
 ) -> Sequence[Group]:
     """Groups, whichever of these they come as; what load_pairs takes is read as the recipe's `data` says.
 
-    Raises DataError where they have fewer responses than the objective compares.
+    Raises DataError where they have fewer responses than the objective compares, or lack what else it reads.
     """
-    keys, wanted = recipe.data, build_objective(recipe.objective).responses
+    keys, objective = recipe.data, build_objective(recipe.objective)
+    wanted = objective.responses
     if not isinstance(data, TokenizedData):
         ready: Any = data
         if not isinstance(data, Sequence) or not all(isinstance(each, Example) for each in data):
@@ -103,8 +111,10 @@ def tokenized(
                 ranked_pairs=keys.ranked_pairs,
                 min_margin=keys.min_margin,
                 on_bad_record=keys.on_bad_record,
-                train_turns=turns_of(recipe),
+                **reading_of(recipe),
             )
+        elif objective.needs_labels:
+            ready = [each for example in data for each in labelled_answers(example)]  # type: ignore[arg-type]
         data = tokenize_pairs(ready, chat_format, limits_of(keys), wanted, keys.on_bad_record)
     counts = {len(group.responses) for group in data.groups[:1]}
     if any(count < wanted for count in counts):
@@ -112,12 +122,33 @@ def tokenized(
             f"objective.name: {recipe.objective.name} compares {wanted} responses of a prompt, and the data has one; "
             "give pairs, or set it to sft"
         )
+    _check_fits(data.groups, objective, "the data")
     return data.groups if counts <= {wanted} else [group.first(wanted) for group in data.groups]
 
 
-def turns_of(recipe: Recipe) -> Literal["auto", "last", "all"] | None:
-    """Which answers of a conversation are learned, where the objective learns from one answer; else None."""
-    return (recipe.data.train_turns or "auto") if build_objective(recipe.objective).responses == 1 else None
+def _check_fits(groups: Sequence[Group], objective: Objective, where: str) -> None:
+    """Raises DataError where groups lack what the objective reads beside their tokens."""
+    if objective.needs_margins and (lacking := sources_without(groups, "margin")):
+        raise DataError(
+            f"{where}: {len(lacking):,} of {len(groups):,} pairs have no score that says how much better chosen is "
+            f"(such as {lacking[0]}), and objective.name: {objective.name} learns from it; give data with scores (data.shape: "
+            "scored, or score_chosen and score_rejected), or set objective.name: dpo"
+        )
+    if objective.needs_labels and (lacking := sources_without(groups, "desirable")):
+        raise DataError(
+            f"{where}: {len(lacking):,} of {len(groups):,} rows have no label (such as {lacking[0]}), and objective.name: "
+            f"{objective.name} learns from it; tokenize them as labelled answers"
+        )
+
+
+def reading_of(recipe: Recipe) -> dict[str, Any]:
+    """What reads records as the objective learns from them, for `load_pairs`: pairs, answers by themselves, or labelled."""
+    objective = build_objective(recipe.objective)
+    alone = objective.responses == 1 and not objective.needs_labels
+    return {
+        "train_turns": (recipe.data.train_turns or "auto") if alone else None,
+        "labelled": objective.needs_labels,
+    }
 
 
 def _sources(given: Sequence[str | SourceRecipe]) -> list[str | Source]:

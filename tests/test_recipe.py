@@ -275,7 +275,8 @@ def test_an_unknown_key_comes_with_the_nearest_known_one(key, nearest):
 def test_an_unknown_key_near_nothing_comes_with_its_sections_keys():
     expected = (
         "unknown key; known are objective.name, objective.lambda, objective.nll_tokens, objective.nll_average, "
-        "objective.beta, objective.alpha, objective.gamma_beta_ratio"
+        "objective.beta, objective.alpha, objective.gamma_beta_ratio, objective.gamma, "
+        "objective.desirable_weight, objective.undesirable_weight"
     )
     assert problem("objective.qqq=1") == f"objective.qqq: {expected}"
     assert (
@@ -300,10 +301,10 @@ def test_an_unknown_key_near_nothing_comes_with_its_sections_keys():
         ("objective.lambda=-0.1", "got -0.1; expected a number of at least 0"),
         ("objective.lambda=true", "got true; expected a number of at least 0"),
         ("objective.lambda=abc", "got 'abc'; expected a number of at least 0"),
-        ("objective.name=xyz", "got 'xyz'; expected orpo, sft, probability_ratio, cpo, simpo, asft"),
-        ("objective.name=SimPOO", "got 'SimPOO'; did you mean simpo? expected orpo, sft, probability_ratio, cpo, simpo, asft"),
-        ("objective.name=[orpo]", "got ['orpo']; expected orpo, sft, probability_ratio, cpo, simpo, asft"),
-        ("objective.name=", "got null; expected orpo, sft, probability_ratio, cpo, simpo, asft"),
+        ("objective.name=xyz", "got 'xyz'; expected orpo, sft, probability_ratio, cpo, simpo, asft, dpo, ipo, sppo, mmpo, kto"),
+        ("objective.name=SimPOO", "got 'SimPOO'; did you mean simpo? expected orpo, sft, probability_ratio, cpo, simpo, asft, dpo, ipo, sppo, mmpo, kto"),
+        ("objective.name=[orpo]", "got ['orpo']; expected orpo, sft, probability_ratio, cpo, simpo, asft, dpo, ipo, sppo, mmpo, kto"),
+        ("objective.name=", "got null; expected orpo, sft, probability_ratio, cpo, simpo, asft, dpo, ipo, sppo, mmpo, kto"),
         ("objective=5", "got 5; expected a section, with keys of its own"),
         ("train.learning_rate=0", "got 0; expected auto, or a number above 0"),
         ("train.learning_rate=.nan", "got nan; expected auto, or a number above 0"),
@@ -538,6 +539,11 @@ def test_an_objective_has_its_own_keys_and_defaults(tmp_path):
         "cpo": {"name": "cpo", "beta": 0.1, "alpha": 1.0, **nll},
         "simpo": {"name": "simpo", "beta": 2.0, "gamma_beta_ratio": 0.8},
         "asft": {"name": "asft", "lambda": 0.1, **nll},
+        "dpo": {"name": "dpo", "beta": 0.1},
+        "ipo": {"name": "ipo", "beta": 0.1},
+        "sppo": {"name": "sppo", "beta": 0.001},
+        "mmpo": {"name": "mmpo", "beta": 0.01, "gamma": 2.2},
+        "kto": {"name": "kto", "beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0},
     }
     for name in OBJECTIVES:
         recipe = load_recipe(LEAST, [f"objective.name={name}"])
@@ -548,7 +554,7 @@ def test_an_objective_has_its_own_keys_and_defaults(tmp_path):
 def test_a_key_of_another_objective_is_refused_by_naming_those_that_have_it():
     assert (
         problem("objective.beta=2")
-        == "objective.beta: belongs to probability_ratio, cpo, simpo; objective.name is orpo; leave it out"
+        == "objective.beta: belongs to probability_ratio, cpo, simpo, dpo, ipo, sppo, mmpo, kto; objective.name is orpo; leave it out"
     )
     raw = {**LEAST, "objective": {"name": "simpo", "lambda": 0.1, "nll_tokens": "all", "beta": -1}}
     assert problems(raw) == [

@@ -55,7 +55,9 @@ def make_pair(
     return PreferencePair(tuple(prompt), answer["content"], other_answer["content"], source, margin)
 
 
-def make_demonstration(turns: Conversation, source: str, every_turn: bool) -> Demonstration:
+def make_demonstration(
+    turns: Conversation, source: str, every_turn: bool, desirable: bool | None = None
+) -> Demonstration:
     """What a conversation that ends in an answer shows; raises Unusable for the same reasons as make_pair."""
     *prompt, answer = turns
     if answer["role"] != "assistant":
@@ -66,7 +68,7 @@ def make_demonstration(turns: Conversation, source: str, every_turn: bool) -> De
         raise Unusable("consecutive_assistant_turns")
     if not answer["content"].strip():
         raise Unusable("empty")
-    return Demonstration(tuple(prompt), answer["content"], source, every_turn)
+    return Demonstration(tuple(prompt), answer["content"], source, every_turn, desirable)
 
 
 _ROLE_LABEL = re.compile(r"(?:^|\s)(?:Human|Assistant):")
@@ -107,8 +109,9 @@ class Repeats:
         chosen here and rejected before, or the other way round."""
         prompt = digest(prompt_key(pair.prompt))
         texts = [answer.strip() for answer in pair.answers]
-        answers = dict(zip(("chosen", "rejected"), texts, strict=False))
-        whole = digest((prompt, *answers.values()))
+        names = ("rejected",) if pair.desirable is False else ("chosen", "rejected")
+        answers = dict(zip(names, texts, strict=False))
+        whole = digest((prompt, *answers.items()))
         is_duplicate = whole in self._pairs
         self._pairs.add(whole)
         contradicts = False

@@ -68,6 +68,7 @@ def prepare_pairs(
     min_margin: float = 0.0,
     on_bad_record: OnBadRecord = "fail",
     train_turns: TrainTurns | Literal["auto"] | None = None,
+    labelled: bool = False,
     num_responses: int = 2,
     seed: int = 0,
     cache: Path | None = None,
@@ -77,7 +78,7 @@ def prepare_pairs(
 
     Args:
         train, eval: as load_pairs takes them; `eval` may also be a fraction of train, split off by prompt, or None.
-        train_turns: as load_pairs has it.
+        train_turns, labelled: as load_pairs has them.
         num_responses: how many responses of a group are kept, the first.
         cache: a folder; None: "qorpo" in the folder that datasets keeps its own in (HF_DATASETS_CACHE).
         num_processes: to tokenize with; None: one a core, where there is work enough.
@@ -96,6 +97,7 @@ def prepare_pairs(
         min_margin=min_margin,
         on_bad_record=on_bad_record,
         train_turns=train_turns,
+        labelled=labelled,
         num_responses=num_responses,
     )
     cache = cache or Path(datasets.config.HF_DATASETS_CACHE) / "qorpo"
@@ -128,6 +130,7 @@ class _Work:
     min_margin: float
     on_bad_record: OnBadRecord
     train_turns: TrainTurns | Literal["auto"] | None
+    labelled: bool
     num_responses: int
 
     def name(self, chat_format: ChatFormat) -> str:
@@ -142,7 +145,7 @@ class _Work:
             "files": [contents(self.train), contents(self.eval)],
             "split": self.fraction and (self.fraction, self.seed),
             "keys": [asdict(self.limits), self.min_margin, self.on_bad_record],
-            "responses": [self.train_turns, self.num_responses],
+            "responses": [self.train_turns, self.labelled, self.num_responses],
             "tokenizer": backend.to_str() if backend else sorted(tokenizer.get_vocab().items()),
             "class": [type(tokenizer).__name__, str(tokenizer.special_tokens_map)],
             "template": [tokenizer.chat_template, chat_format.stop_token_id],
@@ -185,6 +188,7 @@ def _build(folder: Path, work: _Work, chat_format: ChatFormat, num_processes: in
             min_margin=work.min_margin,
             on_bad_record=work.on_bad_record,
             train_turns=work.train_turns,
+            labelled=work.labelled,
         )
         return report, _write_texts(folder / f"{name}.texts", pairs)
 
@@ -234,6 +238,7 @@ def _write_texts(path: Path, examples: Iterable[Example]) -> list[bytes]:
             "source": text,
             "margin": pyarrow.float64(),
             "every_turn": pyarrow.bool_(),
+            "desirable": pyarrow.bool_(),
         }
     )
     prompts: list[bytes] = []
@@ -253,6 +258,7 @@ def _write_texts(path: Path, examples: Iterable[Example]) -> list[bytes]:
                     "source": example.source,
                     "margin": example.margin,
                     "every_turn": isinstance(example, Demonstration) and example.every_turn,
+                    "desirable": example.desirable,
                 }
             )
             if len(batch) == PAIRS_PER_BATCH:
@@ -311,7 +317,7 @@ class _TokenizeBatch:
 def _example(row: Mapping[str, Any]) -> Example:
     prompt, answers = tuple(json.loads(row["prompt"])), row["answers"]
     if len(answers) == 1:
-        return Demonstration(prompt, answers[0], row["source"], row["every_turn"])
+        return Demonstration(prompt, answers[0], row["source"], row["every_turn"], row["desirable"])
     return PreferencePair(prompt, answers[0], answers[1], row["source"], row["margin"])
 
 

@@ -35,6 +35,7 @@ class PreferencePair:
     rejected: str
     source: str
     margin: float | None = None
+    desirable: ClassVar[None] = None
 
     @property
     def answers(self) -> tuple[str, ...]:
@@ -43,12 +44,16 @@ class PreferencePair:
 
 @dataclass(frozen=True, slots=True)
 class Demonstration:
-    """A prompt and the one answer to it that is learned; with `every_turn` the assistant's turns in the prompt too."""
+    """A prompt and the one answer to it that is learned; with `every_turn` the assistant's turns in the prompt too.
+
+    `desirable`: whether the answer is a good one, where it comes with a label, as kto learns from.
+    """
 
     prompt: Conversation
     answer: str
     source: str
     every_turn: bool = False
+    desirable: bool | None = None
     margin: ClassVar[None] = None
 
     @property
@@ -57,6 +62,16 @@ class Demonstration:
 
 
 Example = PreferencePair | Demonstration
+
+
+def labelled_answers(example: Example) -> tuple[Example, ...]:
+    """A pair as two labelled answers, chosen and rejected; anything else as it is."""
+    if isinstance(example, Demonstration):
+        return (example,)
+    return tuple(
+        Demonstration(example.prompt, answer, example.source, desirable=desirable)
+        for answer, desirable in ((example.chosen, True), (example.rejected, False))
+    )
 
 
 class BadRecord(ValueError):  # noqa: N818 (a finding, yielded as often as it is raised)

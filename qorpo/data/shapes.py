@@ -58,6 +58,7 @@ ALIASES = {
     "scores": ("scores", "ratings", "rating"),
     "response": ("response", "output", "completion", "answer", "target"),
     "conversation": ("messages", "conversations", "conversation"),
+    "label": ("label", "kto_tag"),
 }
 FIELDS = tuple(ALIASES)
 LISTS = ("responses", "scores")
@@ -107,6 +108,12 @@ def fields_of(record: Mapping[str, Any], layout: Layout) -> Fields:
         if any(score is not None for score in scores):
             fields["scores"] = scores
     return fields
+
+
+def has_column(name: str, record: Mapping[str, Any], layout: Layout) -> bool:
+    """Whether a record has a field's column, be it null."""
+    given = layout.columns.get(name)
+    return any(column in record for column in (ALIASES[name] if given is None else (given,)))
 
 
 # --- the shapes ---
@@ -278,6 +285,19 @@ def _verdict(value: object) -> float | None:
     return 3 - 2 * number if number else 0.0
 
 
+def label_of(value: object) -> bool:
+    """A label's truth: true or false, 1 or 0, also where a table of text spells it."""
+    words = {"true": True, "false": False}
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.strip().lower() in words:
+        return words[value.strip().lower()]
+    number = _number(value)
+    if number not in (0, 1):
+        raise BadRecord("wrong_value", f"the label is {shown(value)}; expected true or false, or 1 or 0")
+    return bool(number)
+
+
 def _number(value: object) -> float | None:
     """The value as a finite number, also where a table of text spells it."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
@@ -307,7 +327,7 @@ def _unreadable(record: dict[Any, Any], fields: Fields, shapes: Sequence[Shape])
         return BadRecord(
             "unpaired",
             f"one answer and a label, as for KTO; found {found}",
-            "pair a good and a bad answer to each prompt, as prompt, chosen and rejected",
+            "pair a good and a bad answer to each prompt, as prompt, chosen and rejected, or set objective.name: kto",
         )
     nearest = max(shapes, key=lambda shape: len(shape.fields & fields.keys() - {"prompt"}))
     missing = nearest.fields - fields.keys()

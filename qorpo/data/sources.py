@@ -2,12 +2,12 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from qorpo.data.conversations import Layout, RankedPairs
-from qorpo.data.demonstrations import read_demonstration
+from qorpo.data.demonstrations import Labelled, read_demonstration, read_labelled
 from qorpo.data.filters import Repeats, digest, judge, make_demonstration, notes, prompt_key
 from qorpo.data.locate import RecordFile, Sources, open_sources
 from qorpo.data.records import (
@@ -19,6 +19,7 @@ from qorpo.data.records import (
     PairSet,
     TrainTurns,
     Unusable,
+    labelled_answers,
 )
 from qorpo.data.shapes import Comparison, majority, read_comparisons
 from qorpo.errors import DataError
@@ -37,6 +38,7 @@ def load_pairs(
     min_margin: float = 0.0,
     on_bad_record: OnBadRecord = "fail",
     train_turns: TrainTurns | Literal["auto"] | None = None,
+    labelled: bool = False,
 ) -> PairSet:
     """The preference pairs of a source, or of a list of them.
 
@@ -52,6 +54,7 @@ def load_pairs(
         on_bad_record: fail, or skip and count a record that can't be read.
         train_turns: where one answer is enough, as under sft: records of one are read too, as Demonstrations, and
             this says which of the assistant's turns are learned: last, all, or (auto) all but in pairs; None: pairs.
+        labelled: as kto learns: records of one answer and a label are read too, and a pair is two of them.
 
     A record that makes no pair (`judge` says which) is dropped and counted. A record that can't be read raises
     DataError, after all of them have been read and with the first few named; with on_bad_record="skip" it is
@@ -64,7 +67,12 @@ def load_pairs(
     files = open_sources(source, layout)
     return PairSet(
         iter_examples(
-            files, report, min_margin=min_margin, on_bad_record=on_bad_record, train_turns=train_turns
+            files,
+            report,
+            min_margin=min_margin,
+            on_bad_record=on_bad_record,
+            train_turns=train_turns,
+            labelled=labelled,
         ),
         report,
     )
@@ -77,19 +85,24 @@ def iter_examples(
     min_margin: float = 0.0,
     on_bad_record: OnBadRecord = "fail",
     train_turns: TrainTurns | Literal["auto"] | None = None,
+    labelled: bool = False,
 ) -> Iterator[Example]:
-    """The pairs (or, with train_turns, demonstrations too) of files, counting in `report` as they go; raises at the end as load_pairs does."""
+    """The pairs of files, or what `load_pairs` has in their place, counting in `report` as they go; raises at the end
+    as it does."""
+    read_alone = read_labelled if labelled else read_demonstration if train_turns else None
     problems = _Problems()
     repeats = Repeats()
     for file in files:
         kept_before = report.kept
-        for where, found in _found_in(file, report, problems, train_turns is not None):
+        for where, found in _found_in(file, report, problems, read_alone):
             stated_margin = None
             example: Example
             try:
                 if isinstance(found, Comparison):
                     example = judge(found, where, min_margin)
                     stated_margin = found.margin if found.basis == "stated" else None
+                elif isinstance(found, Labelled):
+                    example = make_demonstration(found.turns, where, False, found.desirable)
                 else:
                     example = make_demonstration(found, where, train_turns != "last")
             except Unusable as finding:
@@ -102,8 +115,9 @@ def iter_examples(
                 example = Demonstration(example.prompt, example.answers[0], where, every_turn=True)
             if not copies:
                 report.drop("left_out_by_weight", where)
-            report.kept += copies
-            yield from itertools.repeat(example, copies)
+            for each in labelled_answers(example) if labelled else (example,):
+                report.kept += copies
+                yield from itertools.repeat(each, copies)
         report.sources.append({"path": file.name, "sha256": file.sha256, "kept": report.kept - kept_before})
     if problems.first and on_bad_record == "fail":
         raise DataError(problems.text(files, report.read))
@@ -112,15 +126,19 @@ def iter_examples(
 
 
 def _found_in(
-    file: RecordFile, report: DataReport, problems: "_Problems", demonstrations: bool
-) -> Iterator[tuple[str, Comparison | Conversation]]:
-    """A file's comparisons, and demonstrations where asked for; annotators' votes on the same two answers come as one, last."""
+    file: RecordFile,
+    report: DataReport,
+    problems: "_Problems",
+    read_alone: Callable[[object, Layout], Labelled | Conversation | None] | None,
+) -> Iterator[tuple[str, Comparison | Labelled | Conversation]]:
+    """A file's comparisons, and what `read_alone` reads of other records; annotators' votes on the same two answers come
+    as one, last."""
     votes: dict[bytes, list[tuple[str, Comparison]]] = {}
     for where, record in file.read():
         try:
             if isinstance(record, BadRecord):
                 raise record
-            shown = read_demonstration(record, file.layout) if demonstrations else None
+            shown = read_alone(record, file.layout) if read_alone else None
             comparisons = read_comparisons(record, file.layout) if shown is None else []
         except (BadRecord, Unusable) as finding:
             report.drop(finding.reason, where)

@@ -5,7 +5,7 @@ Legend: P groups of a set, n responses of each; all groups of one set have as ma
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 
@@ -54,7 +54,12 @@ class ArrowGroups(Sequence[Group]):
             cut=tuple(batch["cut"][row].as_py()),
             unscored=tuple(map(tuple, batch["unscored"][row].as_py())),
             margin=batch["margin"][row].as_py(),
+            desirable=batch["desirable"][row].as_py(),
         )
+
+    def column(self, name: str) -> Any:
+        """A column's values, one a group."""
+        return self._table[name].take(self._rows)
 
     def largest_token_id(self) -> int:
         import pyarrow.compute as compute
@@ -97,7 +102,7 @@ def arrow_schema() -> Any:
         {
             "prompt_ids": ids, "responses": pa.list_(ids), "source": pa.string(), "cut": pa.list_(pa.bool_()),
             "unscored": pa.list_(ids),
-            "margin": pa.float64(), "reason": pa.string(),
+            "margin": pa.float64(), "desirable": pa.bool_(), "reason": pa.string(),
         }
     )  # fmt: skip
 
@@ -107,6 +112,13 @@ def largest_token_id(groups: Sequence[Group]) -> int:
     if isinstance(groups, ArrowGroups):
         return groups.largest_token_id()
     return max((max(*g.prompt_ids, *(max(ids) for ids in g.responses)) for g in groups), default=-1)
+
+
+def sources_without(groups: Sequence[Group], name: Literal["margin", "desirable"]) -> list[str]:
+    """Where the groups come from that don't have this value."""
+    if isinstance(groups, ArrowGroups):
+        return groups.column("source").filter(groups.column(name).is_null()).to_pylist()
+    return [group.source for group in groups if getattr(group, name) is None]
 
 
 def longest_group(groups: Sequence[Group]) -> GroupLengths:

@@ -133,8 +133,9 @@ def _fit(
     if len(set(responses)) < len(responses):
         raise Unusable("same_after_cut" if any(were_cut) else "same")
     return Group(
-        tuple(prompt), responses, example.source, (prompt_cut, *were_cut), tuple(unscored), example.margin
-    )
+        tuple(prompt), responses, example.source, (prompt_cut, *were_cut), tuple(unscored), example.margin,
+        example.desirable,
+    )  # fmt: skip
 
 
 def _joined(pieces: Sequence[list[int]], stop: int) -> tuple[list[list[int]], list[tuple[int, int]]]:

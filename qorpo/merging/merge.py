@@ -42,8 +42,11 @@ from qorpo.merging.verify import (
     unverifiable,
     verify_merged,
 )
+from qorpo.objectives.base import Objective
 from qorpo.objectives.orpo import Orpo
+from qorpo.objectives.sft import Sft
 from qorpo.out_of_memory import is_out_of_memory, shortage_of
+from qorpo.recipe import Recipe
 from qorpo.storage import output_folder
 
 logger = logging.getLogger(__name__)
@@ -259,10 +262,18 @@ class _Merge:
         with _unverified_until_the_end(output):
             verification = verify_merged(
                 output, self.base, [each.adapter for each in self.trained], pairs,
-                references=references, objective=build_objective(recipe.objective) if recipe else Orpo(), device=computing_device(),
+                references=references, objective=_compared_by(recipe), device=computing_device(),
             )  # fmt: skip
             write_verification(output, self.record, verification.as_dict())
         return verification
+
+
+def _compared_by(recipe: Recipe | None) -> Objective:
+    """What both models are measured by: the run's objective, or plain log-probs where that needs a reference."""
+    objective = build_objective(recipe.objective) if recipe else Orpo()
+    if not objective.needs_reference:
+        return objective
+    return Orpo() if objective.responses == 2 else Sft()
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
-from qorpo.build import limits_of, load_data, turns_of
+from qorpo.build import build_objective, limits_of, load_data, reading_of
 from qorpo.data.chat_format import ChatFormat
 from qorpo.data.groups import Group, row_tokens
 from qorpo.data.sources import load_pairs
@@ -113,9 +113,9 @@ def evaluation_pairs(
     chat = ChatFormat(load_tokenizer(tokenizer_folder, trust_remote_code=trust_remote_code))
     if source is not None:
         keys = recipe.data if recipe else DataRecipe(train=("none",))
-        turns = turns_of(recipe) if recipe else None
-        responses = 2 if turns is None else 1
-        found = load_pairs(source, train_turns=turns)
+        reading = reading_of(recipe) if recipe else {}
+        responses = build_objective(recipe.objective).responses if recipe else 2
+        found = load_pairs(source, **reading)
         return list(tokenize_pairs(found, chat, limits_of(keys), responses).groups)
     if recipe is None or recipe.data.eval is None:
         return []

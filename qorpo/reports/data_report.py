@@ -62,7 +62,7 @@ REASONS = {
     "unpaired": "one answer and a label",
     "wrong_length": "lists of different lengths",
     "wrong_type": "a value of the wrong type",
-    "wrong_value": "a preference that is none",
+    "wrong_value": "a preference or a label that is none",
 }  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from qorpo.engine.distributed import from_main, runs_on
 from qorpo.errors import Interrupted, RunError
 from qorpo.identity import run_identity
 from qorpo.model.load import read_chat_template
+from qorpo.out_of_memory import advised
 from qorpo.recipe import Recipe
 from qorpo.training.checkpoint import Checkpoints, TrainState
 from qorpo.training.checks import check_early_stopping, check_positions, check_vocabulary
@@ -29,6 +30,7 @@ from qorpo.training.last_state import ending_with_advice
 from qorpo.training.metrics import Metrics, change_for_the_worse, speed_name, without_a_better_one
 from qorpo.training.order import Order, mixed
 from qorpo.training.progress import Progress
+from qorpo.training.reference import Part, with_reference
 from qorpo.training.resume import go_on
 from qorpo.training.run_folder import RunFolder
 from qorpo.training.saving import save_tokenizer
@@ -137,15 +139,18 @@ class Trainer:
 
     def _train(self, resume: bool) -> dict[str, float]:
         folder = self.folder
-        if resume:
-            self.state = go_on(self.session, self.checkpoints, self.metrics, self.total_steps)
-        elif folder.metrics.exists() or folder.checkpoints.exists():
+        if not resume and (folder.metrics.exists() or folder.checkpoints.exists()):
             raise RunError(f"output: {folder.path} holds a run; resume it, or give another output")
         folder.wait()  # until all have looked
         with folder.writing():
             folder.path.mkdir(parents=True, exist_ok=True)
-        trackers = self.trackers.open(self.recipe.to_dict())
-        with trackers, contextlib.closing(self.progress), ending_with_advice(self):
+        with contextlib.closing(self.progress), contextlib.ExitStack() as stack:
+            if self.objective.needs_reference:
+                self._take_reference()
+            if resume:
+                self.state = go_on(self.session, self.checkpoints, self.metrics, self.total_steps)
+            stack.enter_context(self.trackers.open(self.recipe.to_dict()))
+            stack.enter_context(ending_with_advice(self))
             self.progress.start(self.state.step, self.total_steps)
             with StopSignals() as signals:
                 self._before_the_first_step()
@@ -164,10 +169,12 @@ class Trainer:
         """The objective's metrics over the evaluation pairs, each under `eval_` and its name.
 
         Raises:
-            RunError: where there are no evaluation pairs.
+            RunError: where there are no evaluation pairs, or the objective needs a reference and `train` was not called.
         """
         if not self.eval_pairs:
             raise RunError("no evaluation pairs; set data.eval, or give Trainer eval_pairs")
+        if self.objective.needs_reference and not self.eval_pairs[0].reference_logps:
+            raise RunError(f"{self.objective.name} needs the reference, which is scored as `train` begins")
         started = time.perf_counter()
         with self._noting_the_recipe():
             means = self.session.evaluate(self.eval_pairs, self.objective)
@@ -207,6 +214,22 @@ class Trainer:
         return change_for_the_worse(self.metrics.evaluations, self.state.best_step, self.objective.headline)
 
     # --- the parts of the run ---
+
+    def _take_reference(self) -> None:
+        """Have the groups with the reference's log-probs; before a checkpoint is loaded, while the model is the start."""
+        # As the first epoch's steps and an evaluation will have them, so that a policy that is the reference has its bits.
+        steps = [self.order.of_step(step) for step in range(self.order.steps_per_epoch)]
+        parts = {"train": Part(self.train_pairs, steps)}
+        if self.eval_pairs:
+            parts["eval"] = Part(self.eval_pairs, [range(len(self.eval_pairs))])
+        advice = "nothing of the run was changed; free some memory, or lower memory's keys, and resume"
+        with advised(advice), self._noting_the_recipe():
+            found = with_reference(
+                parts, self.session.summed_logps, self.folder, self.checkpoints.belongs_to,
+                mismatched_by=self.recipe.train.seed if self.objective.needs_kl else None,
+                on_progress=self.progress.scored,
+            )  # fmt: skip
+        self.train_pairs, self.eval_pairs = found["train"], list(found.get("eval", []))
 
     def _before_the_first_step(self) -> None:
         """Evaluate where the run stands, if that is due and was not done: the start takes part in what is best, and after

@@ -29,6 +29,9 @@ SHOWN_HELD_OUT = (
 class Progress:
     """The silent one, and what the others answer to."""
 
+    def scored(self, done_groups: int, total_groups: int) -> None:
+        """Before training, so many groups are scored for the reference."""
+
     def start(self, done_steps: int, total_steps: int) -> None:
         """Training begins, or goes on, after `done_steps` of `total_steps`."""
 
@@ -51,6 +54,7 @@ class ConsoleProgress(Progress):
     def __init__(self, console: Console):
         self.console = console
         self.total_steps = 0
+        self.tenths_scored = 0
         self.started_at = 0.0
         self.started_with = 0
         self.bar = Bar(
@@ -61,10 +65,18 @@ class ConsoleProgress(Progress):
         )  # fmt: skip
         self.task = self.bar.add_task("training", total=None, figures="")
 
+    def scored(self, done_groups: int, total_groups: int) -> None:
+        self.bar.start()
+        self.bar.update(self.task, description="reference", total=total_groups, completed=done_groups)
+        tenths = 10 * done_groups // total_groups
+        if tenths > self.tenths_scored and not self.console.is_terminal:
+            self._line(f"reference: {done_groups:,} of {total_groups:,} rows are scored")
+        self.tenths_scored = tenths
+
     def start(self, done_steps: int, total_steps: int) -> None:
         self.total_steps, self.started_at, self.started_with = total_steps, time.monotonic(), done_steps
         self.bar.start()
-        self.bar.reset(self.task, total=total_steps, completed=done_steps, figures="")
+        self.bar.reset(self.task, description="training", total=total_steps, completed=done_steps, figures="")
 
     def step(self, done_steps: int) -> None:
         self.bar.update(self.task, completed=done_steps)

@@ -35,8 +35,8 @@ FIRST_WRITTEN = ("data.json", "environment.json", "recipe.yaml")
 class RunFolder:
     """Paths and writes of one run.
 
-    recipe.yaml, environment.json, data.json, metrics.jsonl (a line a step, and a line an evaluation),
-    checkpoints/step-N/, and at the end adapter/, or model/ of full tuning. Of several ranks the main one writes, but
+    recipe.yaml, environment.json, data.json, reference/ where the objective needs one, metrics.jsonl (a line a step, and a
+    line an evaluation), checkpoints/step-N/, and at the end adapter/, or model/ of full tuning. Of several ranks the main one writes, but
     for what is put into a `new_folder`; `wait` is until all have come so far.
     """
 
@@ -54,6 +54,7 @@ class RunFolder:
         self.adapter = self.path / "adapter"
         self.model = self.path / "model"
         self.checkpoints = self.path / "checkpoints"
+        self.reference = self.path / "reference"
 
     @contextmanager
     def owned(self) -> Iterator[None]:

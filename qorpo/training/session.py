@@ -7,7 +7,7 @@ resolved by `planning` once adapters are attached and before the optimizer is ma
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import DistributedType, ProjectConfiguration
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from qorpo.data.groups import Group, GroupLengths
 from qorpo.engine.distributed import as_on_main, make_accelerator, ranks_of, reshard
 from qorpo.engine.optim import make_optimizer, make_schedule
-from qorpo.engine.step import run_step
+from qorpo.engine.step import run_step, summed_logps
 from qorpo.engine.within_memory import within_memory
 from qorpo.errors import ModelError, RunError
 from qorpo.model.adapters import b_matrices
@@ -32,6 +32,8 @@ from qorpo.objectives.base import Objective
 from qorpo.planning.auto import cap_card, resolve_memory
 from qorpo.recipe import Recipe
 from qorpo.training.weights import make_weights
+
+T = TypeVar("T")
 
 
 class Session:
@@ -125,46 +127,54 @@ class Session:
             The objective's means over the groups and `grad_norm`, before it was clipped: on the device, not waited for.
         """
         self.model.train()
-        return self._within_memory(groups, objective, self.accelerator.backward, seed)
+
+        def attempt(microbatch_tokens: int) -> dict[str, torch.Tensor]:
+            torch.manual_seed(seed)
+            backward = self.accelerator.backward
+            means = self._call(
+                run_step, groups, objective, backward=backward, microbatch_tokens=microbatch_tokens
+            )
+            most = self.recipe.train.max_grad_norm or math.inf
+            means["grad_norm"] = self.accelerator.clip_grad_norm_(self.trained, most)
+            return means
+
+        return self._within_memory(attempt, groups)
 
     def evaluate(self, groups: Sequence[Group], objective: Objective) -> dict[str, torch.Tensor]:
         """The objective's means over the groups, in eval mode and without a gradient: on the device, not waited for."""
+        return self._score_only(run_step, groups, objective)
+
+    def summed_logps(self, groups: Sequence[Group]) -> torch.Tensor:
+        """(P, N) float64 of each response, in the order of the groups, as `evaluate` scores: on the device of all ranks."""
+        return self._score_only(summed_logps, groups)
+
+    def _score_only(self, score: Callable[..., T], groups: Sequence[Group], *more: Any) -> T:
         self.model.eval()
         with torch.no_grad():
-            means = self._within_memory(groups, objective)
+            found = self._within_memory(
+                lambda microbatch_tokens: self._call(
+                    score, groups, *more, microbatch_tokens=microbatch_tokens
+                ),
+                groups,
+            )
         if self.is_sharded:
             reshard(self.scorer)
-        return means
+        return found
 
-    def _within_memory(
-        self,
-        groups: Sequence[Group],
-        objective: Objective,
-        backward: Callable[[torch.Tensor], None] | None = None,
-        seed: int | None = None,
-    ) -> dict[str, torch.Tensor]:
-        """`run_step` on the groups, in smaller micro-batches from then on where memory runs out."""
+    def _call(self, score: Callable[..., T], *given: Any, **options: Any) -> T:
+        """`run_step`, or what else of its room takes a scorer."""
+        with self.unwrapped.packed_attention():
+            return score(self.scorer, *given, device=self.accelerator.device, ranks=self.ranks, **options)
 
-        def attempt(microbatch_tokens: int) -> dict[str, torch.Tensor]:
-            if seed is not None:
-                torch.manual_seed(seed)
-            with self.unwrapped.packed_attention():
-                means = run_step(
-                    self.scorer, groups, objective, backward=backward,
-                    microbatch_tokens=microbatch_tokens, device=self.accelerator.device, ranks=self.ranks,
-                )  # fmt: skip
-            if backward is not None:
-                most = self.recipe.train.max_grad_norm or math.inf
-                means["grad_norm"] = self.accelerator.clip_grad_norm_(self.trained, most)
-            return means
-
+    def _within_memory(self, attempt: Callable[[int], T], groups: Sequence[Group]) -> T:
+        """`attempt(microbatch_tokens)` on the groups, in smaller micro-batches from then on where memory runs out."""
         given = int(self.recipe.memory.microbatch_tokens)
         if self.ranks.count > 1:  # one rank can't redo a step without the others
             return attempt(given)
-        means, took = within_memory(attempt, groups, given, undo=self.optimizer.zero_grad)
+        found, took = within_memory(attempt, groups, given, undo=self.optimizer.zero_grad)
         if took != given:
             self.recipe = self.recipe.replace("memory.microbatch_tokens", took)
-        return means
+        return found
 
 
 def trained_of(model: nn.Module) -> list[nn.Parameter]:

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from qorpo.build import build_objective
-from qorpo.data.groups import Group, GroupLengths
+from qorpo.data.groups import GroupLengths
 from qorpo.engine.optim import make_optimizer
 from qorpo.engine.step import run_step
 from qorpo.model.adapters import attach_lora
@@ -20,7 +20,7 @@ from qorpo.model.checkpointing import checkpoint_layers, decoder_layers
 from qorpo.model.load import load_model
 from qorpo.model.scoring import Scorer
 from qorpo.planning.fake_model import make_fake_model
-from qorpo.planning.step_memory import CPU, HEAD, StepShape, step_memory
+from qorpo.planning.step_memory import CPU, HEAD, StepShape, filled_group, step_memory
 from qorpo.recipe import load_recipe, resolve
 
 SMALL = {
@@ -69,6 +69,10 @@ CASES = [
     Case("gpt2", "none", ONE_PAIR, recomputed=0),
     Case("llama", "none", ONE_PAIR, objective='{"name": "simpo"}'),
     Case("llama", "nf4", ((60, 240), (30, 90)), objective='{"name": "sft"}'),
+    Case("llama", "nf4", ONE_PAIR, objective='{"name": "dpo"}'),
+    Case("llama", "none", THREE_PAIRS, recomputed=0, objective='{"name": "mmpo"}'),
+    Case("llama", "nf4", ((60, 240), (30, 90)), objective='{"name": "kto"}'),
+    Case("llama", "none", ((60, 240), (30, 90)), recomputed=0, objective='{"name": "kto"}'),
     Case(
         "llama", "nf4", THREE_PAIRS, objective='{"name": "cpo", "nll_tokens": "all", "nll_average": "token"}'
     ),
@@ -133,7 +137,7 @@ def measured_bytes(case: Case, folder: Path) -> tuple[int, int]:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(trained, recipe.train)
     scorer = Scorer(model, case.attention, 64)
-    pairs = [Group.of(((5,) * length for length in lengths), "x") for lengths in case.rows]
+    pairs = [filled_group(lengths) for lengths in case.rows]
     model.train()
 
     def step():
