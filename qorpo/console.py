@@ -70,6 +70,7 @@ def _next_commands(result: Any) -> list[str]:
     else:
         longer = f"max_steps={2 * result.steps}" if length.max_steps else f"epochs={length.epochs + 1:g}"
     go_on = f"qorpo train {run}/recipe.yaml --resume train.{longer}   # to train on"
+    talk = f"qorpo chat {run}   # ask it something"
     if result.trainer.recipe.tuning == "full":
-        return [go_on]
-    return [f"qorpo merge {run} --output {run}-merged   # one model, in the base's weights", go_on]
+        return [talk, go_on]
+    return [talk, f"qorpo merge {run} --output {run}-merged   # one model, in the base's weights", go_on]

@@ -90,6 +90,7 @@ def test_train_ends_with_before_and_after_side_by_side_and_the_next_commands(com
     assert rest[rest.index("") :] == [
         "",
         "next:",
+        f"  qorpo chat {run}   # ask it something",
         f"  qorpo merge {run} --output {run}-merged   # one model, in the base's weights",
         f"  qorpo train {run}/recipe.yaml --resume train.max_steps=8   # to train on",
     ]

@@ -41,6 +41,7 @@ def run(command, folder):
     return subprocess.run(
         command,
         cwd=folder,
+        input="Hello?\n",  # what `qorpo chat` is asked
         capture_output=True,
         text=True,
         timeout=300,
@@ -53,6 +54,7 @@ def workplace(tmp_path):
     """A folder as the README's commands expect it: configs/ and preference pairs of one's own."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     lines = (ROOT / "qorpo" / "demo" / "train.jsonl").read_text(encoding="utf-8").splitlines()[:60]
+    (tmp_path / "my-prompts.jsonl").write_text('{"prompt": "Name a colour."}\n', encoding="utf-8")
     for name in ("my-pairs.jsonl", "pairs.jsonl", "held-out.jsonl"):
         (tmp_path / name).write_text("\n".join(lines), encoding="utf-8")
     (tmp_path / "my-model").symlink_to(ROOT / "qorpo" / "demo" / "base")
@@ -104,6 +106,16 @@ def test_the_commands_run(workplace):
         assert done.returncode == 0, done.stderr
     assert (workplace / "models/mine/model.safetensors").exists()
 
+    for line in (*commands("qorpo chat"), *commands("qorpo generate")):
+        done = run(
+            [sys.executable, "-m", "qorpo", *shlex.split(line)[1:], "--max-new-tokens", "4"], workplace
+        )
+        assert done.returncode == 0, done.stderr
+    assert len((workplace / "samples.jsonl").read_text(encoding="utf-8").splitlines()) == 4
+    asking = next(block for block in blocks("python") if "qorpo.load" in block)
+    done = run([sys.executable, "-c", asking], workplace)
+    assert done.returncode == 0, done.stderr
+
 
 @pytest.mark.slow
 def test_the_evaluation_commands_run(workplace, command, monkeypatch):
@@ -144,7 +156,7 @@ def test_the_plan_commands_run(workplace, command, monkeypatch):
 
 @pytest.mark.slow
 def test_the_python_examples_run(workplace):
-    from_recipe, from_parts = blocks("python")
+    from_recipe, from_parts = (block for block in blocks("python") if "qorpo.load" not in block)
     from_recipe = from_recipe.replace('["output=', json.dumps(QUICK)[:-1] + ', "output=')
     from_parts = from_parts.replace(
         '"output": "runs/parts"', '"output": "runs/parts", "train": {"max_steps": 2, "pairs_per_step": 2}'

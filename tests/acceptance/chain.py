@@ -98,10 +98,10 @@ def all_parameters(row: Row, folder: Path) -> None:
 # --- commands ---
 
 
-def qorpo(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end, which has to be by `code`, and never in a traceback."""
+def qorpo(*arguments: object, code: int = 0, said: str = "") -> subprocess.CompletedProcess[str]:
+    """Run a command to its end, which has to be by `code`, and never in a traceback; `said` comes through a pipe."""
     command = [sys.executable, "-m", "qorpo", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+    done = subprocess.run(command, input=said, capture_output=True, text=True, timeout=1800)
     said = f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     assert done.returncode == code, f"exit {done.returncode}, expected {code}: {said}"
     assert "Traceback" not in done.stderr, said
