@@ -17,7 +17,7 @@ OPTIONS = [
 PROMPTS = [
     {"id": "plain", "prompt": "Name the opposite of warm."},
     {"id": "long", "messages": [{"role": "user", "content": "Count. " * 60}]},
-    {"id": 3, "prompt": "¿Qué? \u732b \U0001f408 <|assistant|> </s>"},
+    {"id": 300, "prompt": "¿Qué? \u732b \U0001f408 <|assistant|> </s>"},
     *({"prompt": f"What is {number} plus {number}?"} for number in range(20)),
 ]
 
