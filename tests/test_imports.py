@@ -38,6 +38,7 @@ HEIGHTS = {
     "build": 5,
     "identity": 5,
     "engine": 5,
+    "card": 5,
     "planning": 6,
     "reports": 6,
     "training": 7,
@@ -53,6 +54,7 @@ HEIGHTS = {
 READERS_OF_RECIPES = {
     "recipe",
     "build",
+    "card",
     "identity",
     "engine",
     "planning",

@@ -7,12 +7,12 @@ import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from qorpo.card import VLLM_RANKS
 from qorpo.engine.sampling import Completion, Done, Request
 from qorpo.errors import ModelError, RecipeError
 from qorpo.generation.load import Opened
 
 REQUESTS_AT_ONCE = 256  # vLLM batches by itself; so many are kept on disk together
-RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's max_lora_rank takes
 
 
 def check_vllm() -> None:
@@ -42,7 +42,7 @@ class VllmEngine:
                 )
             ranks = [adapter.config.r, *adapter.config.rank_pattern.values()]
             options["enable_lora"] = True
-            options["max_lora_rank"] = next((rank for rank in RANKS if rank >= max(ranks)), max(ranks))
+            options["max_lora_rank"] = next((rank for rank in VLLM_RANKS if rank >= max(ranks)), max(ranks))
             self.lora = LoRARequest("adapter", 1, str(adapter.folder))
         self.stop_ids = list({opened.chat.stop_token_id, opened.chat.tokenizer.eos_token_id} - {None})
         self.llm = LLM(

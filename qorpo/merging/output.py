@@ -1,6 +1,5 @@
 """The merged model's folder: made beside its place and renamed, so that a folder of its name is always a whole one."""
 
-import contextlib
 import glob
 import json
 import os
@@ -10,8 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from qorpo.card import front_matter, licence_lines, run_section, shown_base, use
 from qorpo.errors import RunError
 from qorpo.merging.links import check_copied
 from qorpo.merging.source import Base, Trained
@@ -79,58 +77,24 @@ def tokenizer_folder(base: Base, trained: Sequence[Trained]) -> Path:
 
 def write_card(folder: Path, base: Base, trained: Sequence[Trained], onto: str) -> None:
     """README.md: what was merged into what, trained on which data, with which recipe, and how it measured."""
-    is_hub_id = base.commit is not None and base.name.count("/") == 1
-    front = {"library_name": "transformers", "tags": ["orpo", "qorpo"]} | (
-        {"base_model": base.name} if is_hub_id else {}
-    )
     title = " + ".join((each.run or each.adapter.folder).name for each in trained)
-    lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", f"# {title}", ""]
     weights = "the base's own weights" if onto == "original" else "the base's NF4 weights, dequantized"
-    lines += [
-        f"LoRA adapters merged by qorpo into {weights}.",
-        "",
-        f"- base: `{base.name}` ({base.commit or 'a local folder'})",
-    ]
+    name = base.name if base.commit is not None else str(base.folder)
+    lines = [
+        *front_matter([name], base.commit, is_adapter=False),
+        f"# {title}", "",
+        f"LoRA adapters merged by qorpo into {weights}.", "",
+        f"- base: `{shown_base(base.name)}` ({base.commit or 'a local folder'})",
+        *licence_lines(name, base.commit),
+    ]  # fmt: skip
     for each in trained:
         weight = f" × {each.adapter.weight:g}" if each.adapter.weight != 1.0 else ""
         lines.append(f"- adapter: `{(each.run or each.adapter.folder).name}`{weight}")
-    lines.append("- verification: `verification.json`")
+    lines += ["- verification: `verification.json`", *use("model", shown_base(base.name), rank=0)]
     for each in trained:
-        lines += _run_section(each)
+        if each.run is not None and each.recipe is not None:
+            lines += run_section(each.run, each.recipe)
     (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def _run_section(trained: Trained) -> list[str]:
-    if trained.run is None or trained.recipe is None:
-        return []
-    lines = ["", f"## {trained.run.name}", ""]
-    data = trained.note("data.json")
-    for part in ("train", "eval"):
-        with contextlib.suppress(AttributeError, KeyError, TypeError):  # the card of torn notes is poorer
-            for source in (data.get(part) or {}).get("sources", []):
-                lines.append(f"- {part} data: `{Path(source['path']).name}`, sha256 `{source['sha256']}`")
-    measured = _last_evaluation(trained.run / "metrics.jsonl")
-    if measured:
-        lines += ["", "| held out | |", "|---|---|"]
-        lines += [
-            f"| {name} | {value:.4f} |"
-            for name, value in sorted(measured.items())
-            if not name.endswith("_per_second")
-        ]
-    return [*lines, "", "```yaml", trained.recipe.to_yaml().strip(), "```"]
-
-
-def _last_evaluation(metrics: Path) -> dict[str, float]:
-    """Of the adapter that was kept: the lowest evaluation loss."""
-    if not metrics.is_file():
-        return {}
-    rows = []
-    for line in metrics.read_bytes().splitlines():
-        with contextlib.suppress(ValueError, RecursionError):  # a torn line
-            row = json.loads(line)
-            if isinstance(row, dict) and all(isinstance(row[name], int | float) for name in row):
-                rows += [row] if "eval_loss" in row else []
-    return min(rows, key=lambda row: row["eval_loss"], default={})
 
 
 def gib(num_bytes: float) -> str:

@@ -12,6 +12,7 @@ from huggingface_hub import snapshot_download
 from transformers import AutoConfig
 
 from qorpo.build import with_remote_code
+from qorpo.card import is_hub_id
 from qorpo.data.chat_format import ChatFormat
 from qorpo.errors import DamageError, ModelError, RunError
 from qorpo.identity import base_identity, chat_identity, differences
@@ -244,7 +245,7 @@ def _check_notes(folder: Path) -> None:
 
 def _check_same(trained: Sequence[Trained], path: str, commit: str | None) -> None:
     for each in trained:
-        if each.base and each.base != path and _is_hub_id(each.base) and _is_hub_id(path):
+        if each.base and each.base != path and is_hub_id(each.base) and is_hub_id(path):
             raise ModelError(
                 f"{each.adapter.folder}: trained on {each.base}, not on {path}; to merge into that nonetheless, "
                 "give its local folder with --base"
@@ -255,7 +256,3 @@ def _check_same(trained: Sequence[Trained], path: str, commit: str | None) -> No
                 f"{each.adapter.folder}: trained on commit {noted} of its base, and this is {commit}; "
                 f"give --revision {noted}"
             )
-
-
-def _is_hub_id(path: str) -> bool:
-    return path.count("/") == 1 and not path.startswith((".", "/", "~")) and not Path(path).is_dir()

@@ -8,6 +8,7 @@ from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM
 
 from qorpo.build import chat_format_of, with_remote_code
+from qorpo.card import write_run_card
 from qorpo.errors import RunError
 from qorpo.identity import base_identity, chat_identity, recipe_identity
 from qorpo.manifest import write_manifest
@@ -60,6 +61,7 @@ def export_model(
     with output_folder(output) as unfinished:
         save_parameters(unfinished, model, tensors, DTYPES[dtype])
         save_tokenizer(unfinished, chat)
+        write_run_card(unfinished, folder.path, recipe)
         write_manifest(unfinished, made_with)
     return output
 

@@ -12,6 +12,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qorpo.build import build_objective, tokenized
+from qorpo.card import write_run_card
 from qorpo.data.chat_format import ChatFormat
 from qorpo.data.groups import Group, TokenizedData
 from qorpo.data.locate import Sources
@@ -309,6 +310,8 @@ class Trainer:
                 self.checkpoints.load_best(self.state)
         with self.folder.new_folder(self.result) as unfinished:
             self.save(unfinished)
+            if self.folder.is_main:
+                write_run_card(unfinished, self.folder.path, self.recipe)
             self.checkpoints.seal(unfinished)
 
     @contextlib.contextmanager

@@ -57,6 +57,7 @@ def save_adapter(folder: Path, model: PeftModel, is_main: bool = True) -> None:
     if is_main:
         model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=trained)
         _sort_sets(folder / "adapter_config.json")
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's blank card
 
 
 def _sort_sets(path: Path) -> None:
