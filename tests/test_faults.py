@@ -14,6 +14,7 @@ import pytest
 BENCH = Path(__file__).parents[1] / "scripts" / "bench"
 sys.path.insert(0, str(BENCH))
 
+from _memory_faults import PLACES  # noqa: E402
 from _syscalls import Fault, is_possible, run_child  # noqa: E402 (found by the line above)
 
 pytestmark = pytest.mark.skipif(
@@ -127,3 +128,16 @@ def test_a_sample_of_faults_loses_nothing_and_leaves_nothing():
     assert ended["kills"] == ended["writes"] == commands
     kinds = {"checkpoint", "full checkpoint", "exported checkpoint", "adapter", "merged", "cache"}
     assert ended["flips"] == kinds | {f"manifest of {kind}" for kind in kinds}
+
+
+@pytest.mark.slow
+def test_memory_that_runs_out_is_said_at_every_place():
+    """Each by the first kind of error; the script ends with 1 where one was not caught, or a place not reached."""
+    answer = subprocess.run(
+        [sys.executable, str(BENCH / "faults.py"), "memory", "--every", "97"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert answer.returncode == 0, answer.stderr
+    found = [json.loads(line) for line in answer.stdout.splitlines()]
+    assert [line["settings"]["name"] for line in found] == [place.name for place in PLACES]
+    assert {end for line in found for end in line["figures"]["ends"]} == {"advice", "done again"}

@@ -12,7 +12,7 @@ import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,8 +97,10 @@ class Lab:
         """Keep the trial's folder as it is, to start others from."""
         shutil.copytree(self.trial, self.templates / template, symlinks=True)
 
-    def run(self, argv: Sequence[str], fault: Fault | None = None) -> Ran:
-        """`qorpo` in the trial's folder."""
+    def run(
+        self, argv: Sequence[str], fault: Fault | None = None, before: Callable[[], None] = lambda: None
+    ) -> Ran:
+        """`qorpo` in the trial's folder, in a process that `before` may have changed."""
         printed = self.home / "printed"
 
         def body() -> int:
@@ -107,6 +109,7 @@ class Lab:
             os.dup2(descriptor, 2)
             os.chdir(self.trial)
             tempfile.tempdir = str(self.trial / "tmp")
+            before()
             return _qorpo(argv)
 
         outcome = run_child(body, self.trial, fault)

@@ -3,6 +3,7 @@
     python scripts/bench/faults.py kills     killed at every call that changes a file, then started again
     python scripts/bench/faults.py writes    every such call fails once (ENOSPC, EIO), or all from it on: a full disk
     python scripts/bench/faults.py flips     single bits flipped in what was written, then read by the next command
+    python scripts/bench/faults.py memory    memory runs out at each place of each command, in each library's words
     python scripts/bench/faults.py kills writes flips --every 97     a sample of all
 
 Each prints a JSON line a command with counts, and every problem to stderr. Linux only, no root needed. Not covered:
@@ -12,6 +13,7 @@ writes into mapped files (none was seen; `mapped` would count them), changes of 
 import argparse
 import errno
 import random
+import re
 import sys
 import time
 from collections import Counter
@@ -20,6 +22,7 @@ from pathlib import Path
 
 from _fault_cases import CASES, FLIPS, Case, Flip, Reference, make_templates
 from _faults import Lab, Ran
+from _memory_faults import PLACES, Place, shortages
 from _record import add_output_option, count, emit
 from _syscalls import TAKE_SPACE, Fault, is_possible
 
@@ -125,6 +128,13 @@ def flips(lab: Lab, flip: Flip, every: int, seed: int) -> dict[str, object]:
     return tally.figures()
 
 
+def memory(lab: Lab, place: Place, every: int) -> dict[str, object]:
+    """Run out of memory at a place, by every `every`-th kind of error: done again, or one message with advice."""
+    tally = Tally(f"memory, {place.name}")
+    shortages(lab, place, every, tally.add)
+    return tally.figures()
+
+
 def results(lab: Lab, options: argparse.Namespace) -> Iterator[tuple[dict[str, object], dict[str, object]]]:
     """(settings, figures) of each command."""
 
@@ -146,6 +156,11 @@ def results(lab: Lab, options: argparse.Namespace) -> Iterator[tuple[dict[str, o
                 "seed": options.seed,
             }
             yield {"what": "flips", **settings}, flips(lab, flip, options.every, options.seed)
+    for place in filter(lambda place: is_asked_for(place.name), PLACES):
+        if "memory" in options.what:
+            command = " ".join(["qorpo", *place.case.argv])
+            settings = {"name": place.name, "command": command, "every": options.every}
+            yield {"what": "memory", **settings, "place": place.target}, memory(lab, place, options.every)
 
 
 def main() -> None:
@@ -153,9 +168,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", nargs="+", choices=["kills", "writes", "flips"])
-    parser.add_argument("--commands", metavar="NAME,…", type=lambda text: text.split(","),
-                        help=f"of {', '.join(names)}; of flips: {', '.join(flip.name for flip in FLIPS)}")  # fmt: skip
+    parser.add_argument("what", nargs="+", choices=["kills", "writes", "flips", "memory"])
+    parser.add_argument("--commands", metavar="NAME,…", type=lambda text: re.split(",(?! )", text),
+                        help=f"of {', '.join(names)}; of flips: {', '.join(flip.name for flip in FLIPS)}; "
+                        f"of memory: {'; '.join(place.name for place in PLACES)}")  # fmt: skip
     parser.add_argument("--every", type=count, default=1, help="only every N-th call, or flip")
     parser.add_argument("--first", type=count, default=1, help="and not those before this one")
     parser.add_argument("--modes", type=lambda text: text.split(","), default=list(MODES), help="of writes")
