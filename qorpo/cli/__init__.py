@@ -3,11 +3,12 @@
 import json
 import logging
 import os
+import shlex
 import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -29,6 +30,9 @@ from qorpo.cli.common import (
 from qorpo.console import closing
 from qorpo.errors import Interrupted, QorpoError
 from qorpo.out_of_memory import advised
+
+if TYPE_CHECKING:
+    from qorpo.recipe import Recipe
 
 
 def _say_version(is_asked: bool) -> None:
@@ -60,6 +64,10 @@ def train(
         bool,
         typer.Option("--full", help="Train all parameters, sharded over the GPUs of torchrun's processes."),
     ] = False,
+    output: Annotated[str | None, typer.Option(help="The run folder: the same as output=….")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, data and memory too, and train nothing.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Train on preference pairs, and leave a folder that explains the run."""
@@ -73,7 +81,11 @@ def train(
     from qorpo.training.run import train as run
     from qorpo.training.run_folder import RunFolder
 
-    settings = load_recipe(recipe, [*(overrides or []), *(FULL if full else [])])
+    changes = [*(overrides or []), *(FULL if full else []), *([f"output={output}"] if output else [])]
+    settings = load_recipe(recipe, changes)
+    if dry_run:
+        _say_dry_run(settings, resume, [recipe, *changes])
+        return
     try:
         # Started again by torchrun after a rank failed.
         was_restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
@@ -89,6 +101,15 @@ def train(
     if not int(os.environ.get("RANK", "0")):
         for line in closing(result):
             say(line)
+
+
+def _say_dry_run(settings: "Recipe", resume: bool, arguments: list[str]) -> None:
+    from qorpo.planning.summary import summary
+    from qorpo.training.dry_run import dry_run
+
+    found = dry_run(settings, resume=resume)
+    say("\n".join([*found.lines(), summary(found.plan), "nothing was written", "", "next:"]))
+    say(f"  qorpo train {shlex.join(arguments)}{' --resume' if resume else ''}")
 
 
 @app.command()
@@ -208,6 +229,7 @@ def merge(
         say(line)
     if result.verification and not result.verification.passed:
         raise typer.Exit(1)
+    say(f"\nnext:\n  qorpo chat {shlex.quote(str(result.output))}   # ask it something")
 
 
 @app.command()
@@ -271,4 +293,5 @@ SECONDS_FOR_THE_FIRST_RANK = 20
 
 import qorpo.cli.answering  # noqa: E402 (last: its commands come after these in the help)
 import qorpo.cli.evaluating  # noqa: E402
+import qorpo.cli.recipes  # noqa: E402
 import qorpo.cli.reporting  # noqa: E402, F401

@@ -17,7 +17,6 @@ from qorpo.printable import printable
 app = typer.Typer(
     help="Align a language model with ORPO on one GPU: LoRA adapters on a 4-bit base, trained on preference pairs.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

@@ -112,7 +112,7 @@ def load_model(
             )
     source = model_source(path)
     if Path(source).is_dir():
-        _check_weights_there(Path(source), allow_pickle)
+        check_weights_there(Path(source), allow_pickle)
         check_model_folder(Path(source))
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
@@ -205,7 +205,7 @@ def _check_config(folder: Path) -> None:
         raise ModelError(f"{folder / 'config.json'}: not JSON: {error}") from error
 
 
-def _check_weights_there(folder: Path, allow_pickle: bool) -> None:
+def check_weights_there(folder: Path, allow_pickle: bool) -> None:
     if any(folder.glob("*.safetensors")):
         return
     if not any(folder.glob("*.bin")):

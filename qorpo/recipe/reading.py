@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from qorpo.errors import RecipeError
+from qorpo.recipe.foreign import recognised
 from qorpo.recipe.keys import FIELDS, Recipe, set_key
 from qorpo.recipe.objectives import belongs_to, unknown_objective
 from qorpo.recipe.values import shown
@@ -27,6 +28,8 @@ def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any], overrides: S
         where, raw = "recipe", copy.deepcopy(dict(source))
     else:
         where, raw = os.fspath(source), _read_file(Path(source), problems)
+    if foreign := recognised(raw):
+        raise RecipeError(f"{where}: " + "\n  ".join(foreign))
     for override in overrides:
         _override(raw, override, problems)
     try:

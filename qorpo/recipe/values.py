@@ -27,6 +27,7 @@ def expects(text: str) -> WrapValidator:
         except ValidationError:
             raise PydanticCustomError("expects", "{text}", {"text": text}) from None
 
+    setattr(check, "expected", text)  # noqa: B010 (for who lists the keys)
     return WrapValidator(check)
 
 
