@@ -10,9 +10,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from qorpo.data.groups import Group
 from qorpo.engine.device import computing_device
 from qorpo.engine.within_memory import free_memory
-from qorpo.errors import RecipeError
+from qorpo.errors import DamageError, RecipeError
 from qorpo.evaluation import diversity, harness, ifeval, pairs
 from qorpo.evaluation.results import Result, check_output, write_results
 from qorpo.generation.generate import Progress, generate
@@ -161,7 +162,7 @@ class _Subject:
         }
 
     def answers(
-        self, name: str, prompts: Any, count: int, **how: Any
+        self, name: str, prompts: list[Any], count: int, **how: Any
     ) -> tuple[list[list[str]], dict[str, Any]]:
         """`count` answers to each prompt, and what making them took; kept where results are, and taken from there."""
         how |= {"batch_size": self.options.batch_size, "progress": self.progress, **self.options.how_to_load}
@@ -176,7 +177,7 @@ class _Subject:
             place = home / ANSWERS / f"{name}-{digest}.jsonl"
         notes: dict[str, Any] = {"answers": str(place)} if place else {}
         if place and place.is_file():  # of these prompts, model and settings: it would be the same again
-            flat = [json.loads(line)["response"] for line in place.read_text(encoding="utf-8").splitlines()]
+            flat = _kept(place, len(prompts) * count)
             logger.info("%s: the answers in %s are taken", name, place)
         else:
             made = generate(self.path, prompts, place, format="jsonl", **how)
@@ -204,6 +205,16 @@ class _Subject:
         return written
 
 
+def _kept(place: Path, expected: int) -> list[str]:
+    try:
+        flat = [str(json.loads(line)["response"]) for line in place.read_text(encoding="utf-8").splitlines()]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamageError(f"{place}: is no file of answers ({error}); remove it to answer anew") from error
+    if len(flat) != expected:
+        raise DamageError(f"{place}: holds {len(flat)} answers of {expected}; remove it to answer anew")
+    return flat
+
+
 # --- what can be asked for; each is checked as it is made, and run afterwards ---
 
 
@@ -216,34 +227,33 @@ class _Pairs:
         self.base = subject.base()
 
     def run(self) -> Result:
-        objective, groups = pairs.objective_of(self.subject.recipe), self.data.groups
+        groups: Sequence[Group] = self.data.groups
+        can_switch_off = self.subject.opened.trained is not None and self.subject.options.against is None
+        objective = pairs.objective_of(self.subject.recipe, groups, can_switch_off or self.base is not None)
         attention = self.subject.recipe.model.attention if self.subject.recipe else "auto"
-        own = pairs.PairsScorer(self.subject.model, attention)
         other: pairs.Metrics | None = None
-        if self.base is not None:
+        if self.base is not None:  # scored and gone before the model itself is loaded
             scorer = pairs.PairsScorer(self.base.model(), attention)
             groups = scorer.as_reference(groups) if objective.needs_reference else groups
             other = scorer.metrics(groups, objective)
             del scorer
             free_memory()
-        elif self.subject.opened.trained is not None and self.subject.options.against is None:
+        own = pairs.PairsScorer(self.subject.model, attention)
+        if can_switch_off:
             with self.subject.model.disable_adapter():
                 groups = own.as_reference(groups) if objective.needs_reference else groups
                 other = own.metrics(groups, objective)
-        elif objective.needs_reference:
-            objective = pairs.objective_of(None)
-        found = pairs.compared(groups, own.metrics(groups, objective), other)
         against = self.base.path if self.base else "the adapter's base" if other is not None else None
         notes = {
             "pairs": len(groups),
             "prompts": len({group.prompt_ids for group in groups}),
-            "against": against,
+            "objective": objective.name,
+            **({"against": against} if against else {}),
+            "dropped": dict(self.data.report.dropped),
+            "cut": dict(self.data.report.cut),
         }
-        report = self.data.report
-        return Result(
-            f"pairs:{self.source}", found,
-            {k: v for k, v in notes.items() if v} | {"objective": objective.name, "dropped": dict(report.dropped), "cut": dict(report.cut)},
-        )  # fmt: skip
+        found = pairs.compared(groups, own.metrics(groups, objective), other)
+        return Result(f"pairs:{self.source}", found, notes)
 
 
 class _Ifeval:

@@ -67,10 +67,13 @@ class WithLikelihoods:
         return output._replace(metrics=Orpo()(scores, totals).metrics | output.metrics)
 
 
-def objective_of(recipe: Recipe | None) -> Objective:
-    """The run's own, where it compares two responses; else ORPO with its defaults."""
+def objective_of(recipe: Recipe | None, groups: Sequence[Group], has_base: bool) -> Objective:
+    """The run's own, where it compares two responses and these pairs have what it needs; else ORPO with its defaults."""
     own = build_objective(recipe.objective) if recipe else Orpo()
-    return WithLikelihoods(own) if own.responses == 2 else Orpo()
+    lacks_margins = own.needs_margins and any(group.margin is None for group in groups)
+    if own.responses != 2 or lacks_margins or (own.needs_reference and not has_base):
+        return Orpo()
+    return WithLikelihoods(own)
 
 
 class PairsScorer:

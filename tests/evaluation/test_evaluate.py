@@ -1,13 +1,15 @@
 """`qorpo evaluate`: held-out pairs against the base, answers kept and taken again, and one message for what is wrong."""
 
 import json
+import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers.tiny import read_metrics, write_records
 
 import qorpo
-from qorpo.errors import DataError, ModelError, QorpoError, RecipeError
+from qorpo.errors import DamageError, DataError, ModelError, QorpoError, RecipeError
 from qorpo.evaluation import evaluate as module
 
 METRICS = {"rewards/accuracies", "log_odds_ratio", "nll", "rewards/margins", "chosen_logps", "rejected_logps"}
@@ -71,6 +73,8 @@ def test_a_full_run_is_compared_with_the_model_it_started_from(recipe_dict, held
     [
         ({"name": "simpo"}, lambda chosen, rejected: 2.0 * (chosen - rejected)),
         ({"name": "cpo"}, None),
+        ({"name": "dpo"}, None),
+        ({"name": "kto"}, None),
         ({"name": "sft"}, None),
     ],
 )
@@ -81,6 +85,13 @@ def test_the_runs_own_objective_is_there_beside_likelihoods(recipe_dict, held_ou
     (found,) = qorpo.evaluate(run, f"pairs:{held_out}", limit=10).results
     assert set(found.figures) >= METRICS
     figures = values(found)
+    assert found.notes["objective"] == (
+        objective["name"] if objective["name"] not in ("sft", "kto") else "orpo"
+    )
+    if objective["name"] == "dpo":  # by sums of log-probs, relative to the model as it started
+        assert found.figures["rewards/margins"].base.value == pytest.approx(0, abs=1e-9)
+        assert figures["rewards/margins"] > 0
+        assert found.figures["loss"].base.value == pytest.approx(math.log(2))
     if own is not None:
         assert figures["rewards/margins"] == pytest.approx(
             own(figures["chosen_logps"], figures["rejected_logps"])
@@ -158,6 +169,14 @@ def test_answers_are_kept_and_taken_again_and_others_are_made_anew(
     monkeypatch.setattr(module, "generate", refuse)
     (again,) = qorpo.evaluate(run, f"diversity:{prompts}", **options).results
     assert again.figures == first.figures
+    whole = Path(first.notes["answers"]).read_text()
+    for damaged, said in (
+        (whole[:-9], "is no file of answers"),
+        (whole[: whole.index("\n")], "holds 1 answers of 8"),
+    ):
+        Path(first.notes["answers"]).write_text(damaged)
+        with pytest.raises(DamageError, match=said):
+            qorpo.evaluate(run, f"diversity:{prompts}", **options)
     for change in ({"seed": 1}, {"limit": 3}, {"max_new_tokens": 7}, {"quantization": "none"}):
         with pytest.raises(AssertionError, match="answered again"):
             qorpo.evaluate(run, f"diversity:{prompts}", **options | change)
