@@ -35,7 +35,7 @@ from qorpo.storage import sweep, whole_folder, write_json
 
 logger = logging.getLogger(__name__)
 
-PAIRS_PER_BATCH = 512
+PAIRS_PER_BATCH = 128  # a tokenizer's own record of them takes many times their tokens
 # Below this many pairs a process takes longer to start than to tokenize its share.
 PAIRS_PER_PROCESS = 4096
 

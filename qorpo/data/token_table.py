@@ -69,14 +69,19 @@ class ArrowGroups(Sequence[Group]):
         return max(compute.max(ids).as_py() for ids in (prompts, responses))
 
     def lengths(self) -> np.ndarray:
-        """(P, 1 + n) token counts of each group's parts."""
+        """(P, 1 + n) token counts of each group's parts, from where lists begin and end: no token is read or copied."""
         import pyarrow.compute as compute
 
-        # Rows first: a dropped row is null, and a column with a null becomes floats or objects.
-        prompts = compute.list_value_length(self._table["prompt_ids"].take(self._rows)).to_numpy()
-        responses = compute.list_flatten(self._table["responses"].take(self._rows))
-        counts = compute.list_value_length(responses).to_numpy()
-        return np.column_stack([prompts, self._by_group(counts)]).astype(np.int64, casting="safe")
+        # Of the rows that are taken: a dropped row is null, and a column with a null becomes floats or objects.
+        prompts = compute.list_value_length(self._table["prompt_ids"]).take(self._rows).to_numpy()
+        counts = [  # a batch at a time, since lists among nulls are copied to be flattened
+            compute.list_value_length(batch["responses"].flatten()).to_numpy() for batch in self._batches
+        ]
+        is_group = self._table["responses"].is_valid().to_numpy()
+        places = np.cumsum(is_group)[self._rows] - 1
+        responses = np.concatenate(counts)
+        responses = responses.reshape(-1, max(1, len(responses) // max(1, is_group.sum())))
+        return np.column_stack([prompts, responses[places]]).astype(np.int64, casting="safe")
 
     def cuts(self) -> np.ndarray:
         """(P, 1 + n) whether each part was cut."""
