@@ -56,9 +56,6 @@ class Evaluated:
     results: list[Result]
     written: list[Path]
 
-    def as_dict(self) -> dict[str, Any]:
-        return {"model": self.model, "results": {each.on: each.as_dict() for each in self.results}}
-
 
 def evaluate(
     model: str | os.PathLike[str],
@@ -108,12 +105,17 @@ def evaluate(
     if place is not None:
         check_output(place)
     subject = _Subject(str(model), place, options, progress)
+    if subject.run is not None:
+        check_output(subject.run / NAME)
     jobs = [_job(each, subject) for each in dict.fromkeys(asked)]
     # Answers are made by a model that is loaded for them and goes again; what else needs it loads it once.
-    order = sorted(jobs, key=lambda job: not job.generates)
-    found = {id(job): job.run() for job in order}
-    done = Evaluated(subject.opened.name, [found[id(job)] for job in jobs], [])
-    return Evaluated(done.model, done.results, subject.write(done))
+    found: dict[int, Result] = {}
+    written: list[Path] = []
+    for job in sorted(jobs, key=lambda job: not job.generates):
+        found[id(job)] = job.run()
+        # At once, so that what fails after it costs nothing.
+        written = subject.write([found[id(each)] for each in jobs if id(each) in found])
+    return Evaluated(subject.opened.name, [found[id(job)] for job in jobs], written)
 
 
 class _Subject:
@@ -192,15 +194,15 @@ class _Subject:
             free_memory()
         return [flat[start : start + count] for start in range(0, len(flat), count)], notes
 
-    def write(self, done: Evaluated) -> list[Path]:
+    def write(self, results: Sequence[Result]) -> list[Path]:
         """Into the run folder, where earlier evaluations of other kinds stay, and to the output."""
-        written = []
+        found, written = {each.on: each.as_dict() for each in results}, []
         if self.run is not None:
             known = (read_note(self.run / NAME) or {}) if (self.run / NAME).exists() else {}
-            write_results(self.run / NAME, {**known, **done.as_dict()["results"]})
+            write_results(self.run / NAME, {**known, **found})
             written.append(self.run / NAME)
         if self.output is not None:
-            write_results(self.output, done.as_dict())
+            write_results(self.output, {"model": self.opened.name, "results": found})
             written.append(self.output)
         return written
 

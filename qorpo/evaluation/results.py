@@ -88,6 +88,4 @@ def write_results(path: Path, content: Any) -> None:
 
 def _unwritable(path: Path, error: OSError) -> RunError:
     failed = failed_write(error) or FailedWrite(str(error), "fix that")
-    return RunError(
-        f"--output {path}: can't be written ({failed.reason}); {failed.remedy}, or give another --output"
-    )
+    return RunError(f"{path}: can't be written ({failed.reason}); {failed.remedy}, then try again")

@@ -138,6 +138,20 @@ def test_results_go_into_the_run_folder_beside_earlier_ones_and_to_the_output(
     qorpo.merge(run, tmp_path / "merged", check_only=True)
 
 
+def test_what_fails_later_takes_no_earlier_result_along(run, held_out, monkeypatch):
+    real = module._Pairs.run
+
+    def fail_on_the_second(job):
+        if job.source == "demo:eval":
+            raise MemoryError
+        return real(job)
+
+    monkeypatch.setattr(module._Pairs, "run", fail_on_the_second)
+    with pytest.raises(MemoryError):
+        qorpo.evaluate(run, [f"pairs:{held_out}", "pairs:demo:eval"], limit=5)
+    assert list(json.loads((run / "evaluation.json").read_text())) == [f"pairs:{held_out}"]
+
+
 # --- answers ---
 
 
