@@ -36,7 +36,14 @@ def kto_loss(
 
 @dataclass(frozen=True, kw_only=True)
 class Kto(Plain):
-    """`kto_loss`. A row is right where a desirable answer is above z₀, or another below it."""
+    """`kto_loss`. A row is right where a desirable answer is above z₀, or another below it.
+
+    z₀ is the mean of log π(y'|x) − log π_ref(y'|x) over the step's rows, on all ranks and whatever its micro-batches, at
+    least 0. y' is an answer to another prompt, the same one for x all through a run (`data.references.partners`), so that
+    the reference scores it once. TRL 1.16 has the same loss and weights, and differs in z₀: it takes each device's
+    micro-batch by itself; y' is the answer of the row before in the micro-batch, in the order of the file, which may be
+    the other answer to the same prompt.
+    """
 
     name: ClassVar[str] = "kto"
     responses: ClassVar[int] = 1

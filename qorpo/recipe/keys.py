@@ -107,7 +107,7 @@ EvalSources = Annotated[
 class DataRecipe(Keys):
     train: TrainSources = key(
         ...,
-        "Pairs (for sft also rows of one answer) to train on: a file, folder, hub id, demo, or a list of these.",
+        "Pairs (for sft and kto also rows of one answer) to train on: a file, folder, hub id, demo, or a list of these.",
     )
     eval: EvalSources = key(None, "Pairs to evaluate on: the same, or a fraction of train; null: none.")
     shape: Shape | None = key(None, "How records are laid out; null: told from their columns.")

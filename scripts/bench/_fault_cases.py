@@ -80,6 +80,7 @@ CASES = (
     Case(
         "trackers", ("train", "../lora.yaml", "train.report_to=[tensorboard]", "train.max_steps=1"), "tokens"
     ),
+    Case("reference", ("train", "../lora.yaml", "objective.name=dpo", "train.max_steps=1"), "tokens"),
     Case("full train", ("train", "../full.yaml", "train.max_steps=1"), "tokens"),
     Case("full resume", ("train", "../full.yaml", "--resume"), "full stopped"),
     Case("merge", ("merge", "run", "--output", "merged"), "run"),

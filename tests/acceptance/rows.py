@@ -106,14 +106,22 @@ COMMITTED = [
         },
         cut={"response": 1},
     ),
+    Row(
+        "labelled answers and pairs, kto",
+        FILES / "labelled.jsonl",
+        objective={"name": "kto"},
+        data={"on_bad_record": "skip"},
+        dropped={"no_verdict": 1, "wrong_value": 1, "missing_column": 1, "empty": 1, "same": 1},
+        noted={"contradiction": 1},
+    ),
 ]
-
 DEMO = Row("demo", "demo", "demo:eval")
 COMMITTED += [
     replace(
         DEMO, name="DoRA scaled as rsLoRA, LoRA+", lora={"use_dora": True, "use_rslora": True, "init": "gaussian"},
         changes={"lora_plus_ratio": 4, "learning_rate": 3e-4},
     ),
+    replace(DEMO, name="dpo", objective={"name": "dpo"}, full_learning_rate=3e-4),
     replace(DEMO, name="orthogonal, groups per step", lora={"init": "orthogonal"}, changes={"pairs_per_step": None, "groups_per_step": 8}),
 ]  # fmt: skip
 

@@ -95,7 +95,7 @@ def note_refusal(recipe, output: Path) -> None:
         torch.save(said, output)
 
 
-def sgd(parameters, recipe):
+def sgd(parameters, recipe, *_):
     return torch.optim.SGD(parameters, recipe.learning_rate)
 
 

@@ -169,6 +169,36 @@ def test_several_ranks_train_as_one(alone, together, tuning, ranks, microbatch_t
 
 
 @pytest.mark.slow
+def test_two_ranks_score_one_reference_and_train_as_one(job, folder):
+    """Sharded dpo, and kto, whose z₀ is over the rows of both ranks."""
+    objectives = {
+        "dpo": {"tuning": "full", "objective": {"name": "dpo", "beta": 0.5}},
+        "kto": {"tuning": "lora", "objective": {"name": "kto", "beta": 0.5}},
+    }
+    changes = {**PLAIN, "train__max_steps": 5, "memory__microbatch_tokens": 100}
+
+    def jobs(ranks):
+        return {
+            name: run(job, folder, f"{name}-{ranks}", **changes, **each) for name, each in objectives.items()
+        }
+
+    alone, together = (seen(jobs(ranks), ranks, folder) for ranks in (1, 2))
+    for name, one in alone.items():
+        several = together[name]
+        own, others = (
+            load_file(folder / f"{name}-{ranks}" / "reference" / "logps.safetensors") for ranks in (1, 2)
+        )
+        for part, logps in own.items():
+            torch.testing.assert_close(others[part], logps, rtol=1e-6, atol=0)  # RMSNorm is in float32
+        assert several["losses"] == pytest.approx(one["losses"], rel=1e-6)
+        assert one["losses"][0] != pytest.approx(one["losses"][-1], rel=1e-3)
+        for mine, theirs in zip(one["gradients"], several["gradients"], strict=True):
+            for gradient, other in zip(mine, theirs, strict=True):
+                assert (gradient - other).norm() <= 1e-5 * gradient.norm() + 1e-10
+    assert any(row["kl"] > 0 for row in read_metrics(folder / "kto-2"))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("tuning", TUNINGS)
 def test_right_log_probs_with_wrong_gradients_are_refused_where_weights_are_sharded_too(together, tuning):
     assert "sdpa: gradients differ from the model's own by 0." in together[f"forgets-{tuning}"]
