@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from qorpo.data.groups import row_tokens
 from qorpo.data.pack import split_by_budget
 from qorpo.errors import QorpoError, RunError
-from qorpo.model.checkpointing import decoder_layers
+from qorpo.model.parts import decoder_layers
 from qorpo.recipe import Recipe, load_recipe
 
 logger = logging.getLogger(__name__)

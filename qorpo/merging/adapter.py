@@ -23,6 +23,7 @@ from peft.utils import TrainableTokensWrapper
 from qorpo.errors import ModelError
 from qorpo.merging.shards import Block, Blocks, Stored, read_tensors
 from qorpo.merging.skeleton import Place, Skeleton, embedding_names
+from qorpo.model.targets import targets_as_given
 
 PREFIX = "base_model.model."
 NAME = "default"
@@ -272,7 +273,7 @@ class Adapter:
         config.init_lora_weights = True
         config.inference_mode = True
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), targets_as_given(skeleton.model, self.stored):
                 warnings.simplefilter("ignore")
                 return PeftModel(skeleton.model, config, adapter_name=NAME, low_cpu_mem_usage=True)
         except (ValueError, KeyError, TypeError, NotImplementedError) as error:  # PEFT's ways to refuse

@@ -4,6 +4,7 @@ import importlib.util
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ import torch
 
 from qorpo.errors import ModelError
 from qorpo.merging.adapter import Change, Replaced, Weighted
-from qorpo.merging.dequantize import dequantized
+from qorpo.merging.dequantize import BLOCK_SIZE, StackScales, dequantized, dequantized_part
 from qorpo.merging.shards import Blocks, Planned, Shard, Stored, plan_shards, read_checkpoint
 from qorpo.merging.skeleton import Place, Skeleton, embedding_names
 from qorpo.merging.source import Base, Trained
@@ -54,6 +55,7 @@ def make_plan(
     tied = _tied_apart(skeleton, changes)
     to_quantize = _nf4_parameters(base) if onto == "dequantized" else {}
 
+    stacks = _stacks(stored, places, to_quantize)
     planned: list[Planned] = []
     num_changed = 0
     for name, tensor in _with_untied(stored, places, tied):
@@ -66,7 +68,9 @@ def make_plan(
                 f"{name}: transformers puts it into {place.parameter} in a way that qorpo can't take apart; save the "
                 "base anew with save_pretrained"
             )
-        if is_requantized:
+        if is_requantized and place.parameter in stacks:
+            source = dequantized_part(tensor, stacks[place.parameter])
+        elif is_requantized:
             source = dequantized(tensor, transposed=to_quantize[place.parameter])
         elif of_parameter:
             source = tensor.float_blocks
@@ -164,6 +168,26 @@ def _nf4_parameters(base: Base) -> dict[str, bool]:
             "--onto dequantized needs bitsandbytes, which is not installed; pip install bitsandbytes"
         )
     return Skeleton.of(base.config, trust_remote_code=base.trust_remote_code).quantized()
+
+
+def _stacks(
+    stored: Mapping[str, Stored], places: Mapping[str, Place], to_quantize: Mapping[str, bool]
+) -> dict[str, StackScales]:
+    """Parameters in 4 bits that the checkpoint keeps in parts, with the scales that the whole of each has."""
+    parts: dict[str, list[tuple[int, int, Stored]]] = {}
+    for name, place in places.items():
+        of_one = prod(stored[name].shape[-2:])
+        is_stack = place.expert is not None or len(stored[name].shape) == 3
+        if is_stack and place.parameter in to_quantize and of_one % BLOCK_SIZE:
+            raise ModelError(
+                f"{name}: an expert's {of_one} weights are no whole number of blocks of {BLOCK_SIZE}; merge onto the original"
+            )
+        if place.expert is not None and place.parameter in to_quantize:
+            parts.setdefault(place.parameter, []).append((place.expert, place.part, stored[name]))
+    return {
+        name: StackScales([tensor for *_, tensor in sorted(found, key=lambda part: part[:2])])
+        for name, found in parts.items()
+    }
 
 
 def _shape_after(change: Change, name: str, shape: tuple[int, ...], place: Place) -> tuple[int, ...]:

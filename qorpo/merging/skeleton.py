@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
@@ -22,11 +22,11 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.auto import AutoHfQuantizer
 
 from qorpo.errors import ModelError
 from qorpo.merging.shards import Stored
-from qorpo.model.load import nf4_config
+from qorpo.model.parts import auto_class, stacked_experts
+from qorpo.model.quantizer import Nf4Quantizer, nf4_config
 
 
 class Place(NamedTuple):
@@ -54,7 +54,7 @@ class Skeleton:
         """
         try:
             with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(
+                model = auto_class(config).from_config(
                     config, trust_remote_code=trust_remote_code, dtype=torch.bfloat16
                 )
         except (ValueError, KeyError, ImportError, AttributeError, TypeError, RuntimeError) as error:
@@ -82,11 +82,12 @@ class Skeleton:
         Consumes the model: its layers are replaced by bitsandbytes' own, as they are at load.
         """
         transposed = {name for name, module in self.model.named_modules() if isinstance(module, Conv1D)}
-        quantizer = AutoHfQuantizer.from_config(nf4_config(self.model.config))
+        experts = {f"{name}.{parameter}": False for name, _, parameter in stacked_experts(self.model)}
+        quantizer = Nf4Quantizer(nf4_config(self.model.config), pre_quantized=False)
         quantizer.preprocess_model(model=self.model, device_map={"": torch.device("cpu")})
         from bitsandbytes.nn import Linear4bit
 
-        return {
+        return experts | {
             f"{name}.weight": name in transposed
             for name, module in self.model.named_modules()
             if isinstance(module, Linear4bit)

@@ -27,6 +27,7 @@ from qorpo.model.adapters import compute_in_base_type, output_head
 from qorpo.model.load import load_model, load_tokenizer
 from qorpo.model.scoring import Scorer, logit_scale, logit_softcap
 from qorpo.model.selfcheck import make_scorer
+from qorpo.model.targets import targets_as_given
 from qorpo.objectives.base import Objective
 from qorpo.ops.log_probs import next_token_logps
 from qorpo.recipe import DataRecipe, Recipe
@@ -182,10 +183,11 @@ def with_adapters(model: Any, adapters: Sequence[Adapter]) -> PeftModel:
     peft_model: Any = None
     for number, each in enumerate(adapters):
         name = f"adapter{number}"
-        if peft_model is None:
-            peft_model = PeftModel.from_pretrained(model, each.folder, adapter_name=name)
-        else:
-            peft_model.load_adapter(each.folder, adapter_name=name)
+        with targets_as_given(model, each.stored):
+            if peft_model is None:
+                peft_model = PeftModel.from_pretrained(model, each.folder, adapter_name=name)
+            else:
+                peft_model.load_adapter(each.folder, adapter_name=name)
         for module in peft_model.modules():
             if isinstance(module, LoraLayer) and name in module.scaling:
                 module.scaling[name] *= each.weight

@@ -8,13 +8,16 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.lora.layer import ParamWrapper, _LoraFactorsProxy
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
 from qorpo.errors import ModelError
 from qorpo.model.dora import exact_beginnings, forward_dora, has_exact_beginning
+from qorpo.model.parts import stacked_experts
+from qorpo.model.quantizer import experts_plain, shell_of
+from qorpo.model.targets import EXPERTS, target_names, targets_as_given, warn_of_peft
 
 
 def attach_lora(
@@ -31,7 +34,8 @@ def attach_lora(
 ) -> PeftModel:
     """Freeze `model` and put LoRA on `targets`; whole copies of `modules_to_save` train beside it.
 
-    What trains is kept in float32 (a bfloat16 weight would lose small updates), and is cast to the activations' type
+    Targets are looked for in the language model alone: all-linear means attention and MLPs, those of shared experts
+    among them, but no router and no expert; all-linear+experts adds each expert's matrices. What trains is kept in float32 (a bfloat16 weight would lose small updates), and is cast to the activations' type
     where it is used, so that no float32 copy of an activation is made.
 
     Args:
@@ -42,25 +46,27 @@ def attach_lora(
     Raises:
         ModelError: where a target is not in the model, or is the output head, which trains only as a module to save.
     """
+    with experts_plain(model):
+        stacks = [f"{name}.{stack}" for name, _, stack in stacked_experts(model)]
+    parameters = stacks if targets == EXPERTS else []
+    if parameters and dropout:
+        raise ModelError(
+            f"lora.dropout: {dropout} can't be applied to experts, whose weights are adapted together; set it to 0"
+        )
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
-        target_modules=targets if isinstance(targets, str) else list(targets),
+        target_modules=target_names(model, targets, modules_to_save),
+        target_parameters=parameters or None,
         modules_to_save=list(modules_to_save) or None,
         use_rslora=use_rslora,
         use_dora=use_dora,
         init_lora_weights="gaussian" if init == "gaussian" else True,
     )
-    names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
-    wanted = {*modules_to_save, *([] if isinstance(targets, str) else targets)}
-    if missing := sorted(name for name in wanted if name.rsplit(".", 1)[-1] not in names):
-        raise ModelError(
-            f"lora: this model has no module named {', '.join(missing)}; it has {', '.join(sorted(names - {''}))}"
-        )
     try:
-        with exact_beginnings():
+        with exact_beginnings(), targets_as_given(model):
             peft_model = get_peft_model(model, config)
     except ValueError as error:
         raise ModelError(f"lora.targets: {error}") from error
@@ -74,6 +80,7 @@ def attach_lora(
                 _begin_orthogonal(module)
         config.init_lora_weights = init  # type: ignore[assignment]
     compute_in_base_type(peft_model)
+    warn_of_peft(peft_model, config)
     return peft_model
 
 
@@ -140,9 +147,10 @@ class _CastEmbedding(nn.Embedding):
 
 def _keep_input_type(layer: Any) -> None:
     """PEFT would cast every layer's input to the adapter's float32: rank × width is the cheaper side to cast."""
-    if isinstance(
-        layer, ParamWrapper
-    ):  # a mixture's router or experts: adapts a weight, and its output is no product
+    if isinstance(layer, ParamWrapper):  # adapts a weight of experts, and its output is no product
+        if shell_of(layer.get_base_layer(), layer.parameter_name) is not None:
+            vars(layer)["forward"] = MethodType(_adapt_packed, layer)
+            vars(layer)["get_param"] = MethodType(_shell, layer)
         return
     linears = [*layer.lora_A.values(), *layer.lora_B.values()]
     if linears and all(type(linear) is nn.Linear for linear in linears):
@@ -173,6 +181,28 @@ def _add_in_place(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> tor
         low, layer.lora_B[name].weight.to(low.dtype).T, alpha=layer.scaling[name]
     )
     return wide.view(*x.shape[:-1], -1)
+
+
+def _adapt_packed(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """PEFT's forward for experts in 4 bits: W + scaling · B A, made after W is unpacked.
+
+    PEFT's own reads the parameter as it adds its change, so that torch's cache keeps it without the change; and it
+    never takes away again what it added beside another parametrization.
+    """
+    names = [] if layer.disable_adapters else [name for name in layer.active_adapters if name in layer.lora_A]
+    entries = layer.get_base_layer().parametrizations[layer.parameter_name]
+    for name in names:
+        entries.append(_LoraFactorsProxy(*layer.get_delta_factors(name)))
+    try:
+        return layer.base_layer(x, *args, **kwargs)
+    finally:
+        for _ in names:
+            del entries[-1]
+
+
+def _shell(layer: Any) -> torch.Tensor | None:
+    """What PEFT asks for a type and a device alone."""
+    return shell_of(layer.get_base_layer(), layer.parameter_name)
 
 
 def _train_in_float32(wrapper: Any) -> None:

@@ -8,16 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qorpo.model.offload import HostInputs
+from qorpo.model.parts import decoder_layers
 
 logger = logging.getLogger(__name__)
-
-
-def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers that transformers can checkpoint, in the order they run."""
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def checkpoint_layers(model: nn.Module, num_layers: int | None = None, *, offload: bool = False) -> int:

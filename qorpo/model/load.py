@@ -1,7 +1,6 @@
 """A base model and its tokenizer, from a local folder, a hub, or the embedded demo."""
 
 import contextlib
-import importlib.util
 import json
 import logging
 import pickle
@@ -16,7 +15,6 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -26,6 +24,8 @@ from transformers.initialization import no_init_weights
 from qorpo.errors import ModelError
 from qorpo.manifest import MANIFEST, check_folder, read_manifest
 from qorpo.model.nf4 import fix_dequantization, keep_quant_states, quantized_on_gpu
+from qorpo.model.parts import auto_class
+from qorpo.model.quantizer import four_bit_parameters, nf4_config, qorpos_quantizer
 from qorpo.out_of_memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ def load_model(
     config = load_config(path, revision=revision, trust_remote_code=trust_remote_code)
     if empty:
         with no_init_weights():
-            return AutoModelForCausalLM.from_config(
+            return auto_class(config).from_config(
                 config, dtype=torch.bfloat16, trust_remote_code=trust_remote_code
             )
     source = model_source(path)
@@ -124,8 +124,12 @@ def load_model(
                 ].bnb_4bit_quant_storage = torch.bfloat16  # what is uint8 stays whole
         if not allow_pickle:
             options["use_safetensors"] = True
-        with quantized_on_gpu() if to_be_sharded else contextlib.nullcontext(), _without_load_report():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+        with (
+            quantized_on_gpu() if to_be_sharded else contextlib.nullcontext(),
+            qorpos_quantizer(on_gpu=to_be_sharded),
+            _without_load_report(),
+        ):
+            loaded: Any = auto_class(config).from_pretrained(
                 source, config=config, dtype=torch.bfloat16, device_map={"": torch.device(device)},
                 output_loading_info=True, ignore_mismatched_sizes=True, **options,
             )  # fmt: skip
@@ -256,35 +260,16 @@ def _check_weights(source: str, model: nn.Module, report: Mapping[str, Any]) -> 
             )
 
 
-def nf4_config(config: Any) -> Any:
-    """How every base is quantized: NF4 with double quantization, computed in bfloat16."""
-    from transformers import BitsAndBytesConfig
-
-    if getattr(config, "quantization_config", None) is not None:
-        raise ModelError(
-            "the model is quantized already; give its unquantized base, or set model.quantization: none"
-        )
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
-
-
 def keep_nf4_trainable(model: nn.Module) -> int:
-    """Keep bitsandbytes from what makes training on the CPU silently wrong; returns how many layers are in 4 bits.
+    """Keep bitsandbytes from what makes training on the CPU silently wrong; returns how many parameters are in 4 bits.
 
     On processors with avx512_bf16 evaluation would repack weights for a kernel that has no autograd, and a later
     training forward would run it. On those with AVX-512 rows of some lengths are dequantized wrongly.
     """
-    if importlib.util.find_spec("bitsandbytes") is None:
-        return 0
-    from bitsandbytes.nn import Linear4bit
-
-    quantized = [module for module in model.modules() if isinstance(module, Linear4bit)]
-    for module in quantized:
-        module.support_avx512bf16_for_cpu = False
+    quantized = four_bit_parameters(model)
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     if quantized:
         fix_dequantization()
     return len(quantized)

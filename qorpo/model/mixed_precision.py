@@ -2,15 +2,27 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
+from qorpo.model.parts import is_wrapper, language_model
 
-def train_all(model: nn.Module) -> torch.dtype:
-    """Make every floating parameter trainable and float32; returns the type that the model computed in."""
+
+def train_all(model: Any) -> torch.dtype:
+    """Make every floating parameter trainable and float32; returns the type that the model computed in.
+
+    Of a vision-language model only the language model's and the head's: text gives the others no gradient.
+    """
     dtype = next(model.parameters()).dtype
-    for parameter in model.parameters():
+    if is_wrapper(model):
+        model.requires_grad_(False)
+        head = model.get_output_embeddings()
+        parameters = [*language_model(model).parameters(), *(head.parameters() if head is not None else ())]
+    else:
+        parameters = [*model.parameters()]
+    for parameter in parameters:
         if parameter.is_floating_point():
             if parameter.dtype in (torch.bfloat16, torch.float16):
                 parameter.data = parameter.data.float()

@@ -12,6 +12,7 @@ from qorpo.errors import ModelError
 from qorpo.model.adapters import output_head
 from qorpo.model.attention import PACKED, Kernel, PackedLayout, dense_mask, expected_windows
 from qorpo.model.mixed_precision import computed_in
+from qorpo.model.parts import is_wrapper, language_model
 from qorpo.model.sequences import own_logps, sequences
 from qorpo.ops.log_probs import token_logps
 
@@ -112,7 +113,12 @@ class Scorer(nn.Module):
             return hidden_1TH[..., :0]  # what the model does to logits afterwards, it does to nothing
 
         with replaced_forward(head, score_in_place_of_logits):
-            self.model(**inputs, use_cache=False)
+            if is_wrapper(
+                self.model
+            ):  # whose own forward wants to be told in training that there is no image
+                head(language_model(self.model)(**inputs, use_cache=False).last_hidden_state)
+            else:
+                self.model(**inputs, use_cache=False)
         assert len(logps) == 1, f"the output head was called {len(logps)} times in one forward"
         return logps[0]
 

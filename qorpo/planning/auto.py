@@ -11,7 +11,7 @@ import torch
 from qorpo.data.groups import Group, GroupLengths
 from qorpo.data.pack import pack_groups
 from qorpo.errors import PlanError
-from qorpo.model.checkpointing import decoder_layers
+from qorpo.model.parts import decoder_layers
 from qorpo.model.scoring import Scorer
 from qorpo.planning.advice import advise
 from qorpo.planning.counter import MemorySettings, StepCounter

@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 
 from qorpo.data.groups import GroupLengths
 from qorpo.errors import ModelError, PlanError
-from qorpo.model.checkpointing import decoder_layers
+from qorpo.model.parts import decoder_layers
 from qorpo.model.scoring import Mode
 from qorpo.model.selfcheck import varlen_has_all
 from qorpo.planning.fake_model import make_fake_model, shortened

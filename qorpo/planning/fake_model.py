@@ -8,17 +8,20 @@ copies in the norm, the activated gate in the MLP), so that with `model.liger` a
 """
 
 import copy
+import math
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from qorpo.model.adapters import attach_lora
-from qorpo.model.load import nf4_config
 from qorpo.model.mixed_precision import train_all
+from qorpo.model.parts import auto_class, stacked_experts
+from qorpo.model.quantizer import Nf4Quantizer, nf4_config, unpack_when_used
 from qorpo.planning.foreign import foreign_code
 from qorpo.recipe import Recipe
 
@@ -46,7 +49,7 @@ def make_fake_model(
     lora, quantized = recipe.lora, recipe.model.quantization == "nf4"
     config = copy.deepcopy(config)  # what quantizes it writes it there
     with foreign_code(), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
+        model = auto_class(config).from_config(
             config, dtype=dtype, trust_remote_code=recipe.model.trust_remote_code
         )
     if recipe.tuning == "full":
@@ -55,13 +58,12 @@ def make_fake_model(
         _make_fake(model, mode)
         return model, mode
     if quantized:
-        from transformers.quantizers import AutoHfQuantizer
-
         with foreign_code():
-            quantizer = AutoHfQuantizer.from_config(nf4_config(config), pre_quantized=False)
+            quantizer = Nf4Quantizer(nf4_config(config), pre_quantized=False)
             quantizer.preprocess_model(model, device_map={"": "meta"})
             quantizer.postprocess_model(model)
     model.requires_grad_(False)
+    experts = [(module, parameter) for _, module, parameter in stacked_experts(model)] if quantized else []
     with foreign_code(), torch.device("meta"):
         peft_model = attach_lora(
             model, **{**dict(lora), "init": "default"}
@@ -70,6 +72,8 @@ def make_fake_model(
     if quantized:
         with mode:
             _stand_in_for_nf4(peft_model, torch.uint8 if recipe.memory.sharding == "none" else torch.bfloat16)
+            for module, parameter in experts:
+                _stand_in_for_packed_experts(module, parameter)
     _make_fake(peft_model, mode)
     return peft_model, mode
 
@@ -102,6 +106,46 @@ def _stand_in_for_nf4(model: nn.Module, storage: torch.dtype) -> None:
                 setattr(parent, name, _NF4Linear(child, storage))
 
 
+def _stand_in_for_packed_experts(module: nn.Module, parameter: str) -> None:
+    """The bytes of experts in 4 bits, (E, …, …), which are unpacked together wherever their module reads them."""
+    weight = getattr(module, parameter)
+    packed, absmax, absmax_scales = _nf4_tensors(weight.numel(), torch.uint8)
+    setattr(module, parameter, nn.Parameter(packed, requires_grad=False))
+    unpack_when_used(module, parameter, _NF4Experts(tuple(weight.shape), weight.dtype, absmax, absmax_scales))
+
+
+def _nf4_tensors(num_weights: int, storage: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Packed weights, a scale a block of them, and what those scales, themselves in 8 bits, are made of."""
+    num_absmaxes = -(-num_weights // WEIGHTS_PER_ABSMAX)
+    packed = torch.empty(-(-((num_weights + 1) // 2) // storage.itemsize), 1, dtype=storage)
+    codes = 256 + 16 + 1  # the 8-bit and the 4-bit values that there are, and the absmaxes' mean
+    scales = torch.empty(-(-num_absmaxes // ABSMAXES_PER_SCALE) + codes)
+    return packed, torch.empty(num_absmaxes, dtype=torch.uint8), scales
+
+
+class _NF4Experts(nn.Module):
+    """What unpacks experts in a module's forward, without a gradient."""
+
+    absmax: torch.Tensor
+    absmax_scales: torch.Tensor
+
+    def __init__(
+        self, shape: tuple[int, ...], dtype: torch.dtype, absmax: torch.Tensor, absmax_scales: torch.Tensor
+    ):
+        super().__init__()
+        self.quant_state = SimpleNamespace(shape=shape, dtype=dtype)  # as bitsandbytes' own has it
+        self.register_buffer("absmax", absmax)
+        self.register_buffer("absmax_scales", absmax_scales)
+
+    @property
+    def nf4_constants(self) -> list[torch.Tensor]:
+        return [self.absmax, self.absmax_scales]
+
+    @torch.no_grad()
+    def forward(self, packed: torch.Tensor) -> torch.Tensor:
+        return _unpacked(self.absmax, self.quant_state.shape, self.quant_state.dtype)
+
+
 class _NF4Linear(nn.Module):
     """The bytes and the steps of bitsandbytes' Linear4bit: unpacks its weight in forward, and again in backward."""
 
@@ -110,16 +154,13 @@ class _NF4Linear(nn.Module):
 
     def __init__(self, layer: Any, storage: torch.dtype):
         super().__init__()
+        self.out_features, self.in_features = layer.out_features, layer.in_features
         self.shape = (layer.out_features, layer.in_features)
         self.compute_dtype = layer.compute_dtype
-        num_absmaxes = -(-layer.out_features * layer.in_features // WEIGHTS_PER_ABSMAX)
-        num_bytes = (layer.out_features * layer.in_features + 1) // 2
-        packed = torch.empty(-(-num_bytes // storage.itemsize), 1, dtype=storage)
+        packed, absmax, absmax_scales = _nf4_tensors(math.prod(self.shape), storage)
         self.weight = nn.Parameter(packed, requires_grad=False)
-        self.register_buffer("absmax", torch.empty(num_absmaxes, dtype=torch.uint8))
-        scales = -(-num_absmaxes // ABSMAXES_PER_SCALE)
-        codes = 256 + 16 + 1  # the 8-bit and the 4-bit values that there are, and the absmaxes' mean
-        self.register_buffer("absmax_scales", torch.empty(scales + codes))
+        self.register_buffer("absmax", absmax)
+        self.register_buffer("absmax_scales", absmax_scales)
         self.bias = None
         if layer.bias is not None:
             bias = torch.empty(layer.out_features, dtype=torch.bfloat16)
@@ -147,7 +188,7 @@ class _NF4Product(torch.autograd.Function):
         return upstream @ _unpacked(absmax, ctx.shape, upstream.dtype), None, None, None, None
 
 
-def _unpacked(absmax: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+def _unpacked(absmax: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     absmax_float32 = absmax.float()  # alive until the weight is unpacked
     weight = absmax_float32.new_empty(shape, dtype=dtype)
     del absmax_float32

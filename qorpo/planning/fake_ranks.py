@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from qorpo.engine.distributed import precision
-from qorpo.model.checkpointing import decoder_layers
+from qorpo.model.parts import decoder_layers
 from qorpo.model.scoring import Scorer
 
 

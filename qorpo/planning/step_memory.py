@@ -18,8 +18,9 @@ from qorpo.data.groups import Group, GroupLengths
 from qorpo.engine.optim import make_optimizer
 from qorpo.engine.step import run_step
 from qorpo.model.adapters import b_matrices
-from qorpo.model.checkpointing import checkpoint_layers, decoder_layers
+from qorpo.model.checkpointing import checkpoint_layers
 from qorpo.model.mixed_precision import casts_of
+from qorpo.model.parts import decoder_layers
 from qorpo.model.scoring import Mode, Scorer
 from qorpo.ops.softmax import triton_is_installed
 from qorpo.planning.fake_model import make_fake_model
@@ -163,7 +164,11 @@ def workspace_bytes() -> int:
 
 
 def _count_model(model: nn.Module, count: LiveBytes) -> None:
-    nf4 = {f"{name}.weight" for name, module in model.named_modules() if hasattr(module, "nf4_constants")}
+    nf4 = {
+        f"{name}.weight" if hasattr(module, "in_features") else f"{name.rpartition('.')[0]}.original"
+        for name, module in model.named_modules()
+        if hasattr(module, "nf4_constants")
+    }
     for name, parameter in model.named_parameters():
         dtype = "nf4" if name in nf4 else str(parameter.dtype).removeprefix("torch.")
         kind = "trained weights" if parameter.requires_grad else "base weights"

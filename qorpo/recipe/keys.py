@@ -73,7 +73,10 @@ class LoraRecipe(Keys):
     rank: Count = key(16, "Rank of the adapters.")
     alpha: Count = key(32, "The adapters' output is scaled by alpha / rank.")
     dropout: BelowOne = key(0.0, "Dropout on the adapters' input.")
-    targets: Targets = key("all-linear", "Modules with an adapter: all-linear (all but the head), or names.")
+    targets: Targets = key(
+        "all-linear",
+        "Modules with an adapter: all-linear (but the head, routers and experts), all-linear+experts, or names.",
+    )
     modules_to_save: Names = key((), "Modules to train whole and save too, such as embed_tokens.")
     use_rslora: Flag = key(False, "Scale the adapters' output by alpha / √rank instead (rsLoRA).")
     use_dora: Flag = key(False, "Train the length of weights' rows apart from their direction (DoRA).")

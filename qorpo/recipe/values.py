@@ -84,7 +84,10 @@ Every = Annotated[Positive, AfterValidator(_whole_from_1), expects("a number abo
 Text = Annotated[str, Field(min_length=1), BeforeValidator(_text), expects("text (quote a number or a date)")]
 Texts = Annotated[tuple[Text, ...], Field(min_length=1), BeforeValidator(names_listed)]
 Names = Annotated[tuple[Text, ...], BeforeValidator(names_listed), expects("a list of module names")]
-Targets = Annotated[Literal["all-linear"] | Texts, expects("all-linear, or a list of module names")]
+Targets = Annotated[
+    Literal["all-linear", "all-linear+experts"] | Texts,
+    expects("all-linear, all-linear+experts, or a list of module names"),
+]
 # PEFT's others change the base's weights, which an adapter's folder does not hold, or look at data first.
 LoraInit = Annotated[
     Literal["default", "gaussian", "orthogonal"],

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoModelForCausalLM
 
 from qorpo.build import chat_format_of, with_remote_code
 from qorpo.card import write_run_card
@@ -13,6 +12,7 @@ from qorpo.errors import RunError
 from qorpo.identity import base_identity, chat_identity, recipe_identity
 from qorpo.manifest import write_manifest
 from qorpo.model.load import load_config
+from qorpo.model.parts import auto_class
 from qorpo.recipe import load_recipe
 from qorpo.storage import output_folder, recover, sweep
 from qorpo.training.checkpoint import check_checkpoint, check_same, read_state
@@ -55,7 +55,7 @@ def export_model(
     )
     config = load_config(keys.path, revision=keys.revision, trust_remote_code=trust_remote_code)
     with init_empty_weights(include_buffers=True):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
     with readable(checkpoint):
         tensors = read_parameters(checkpoint, DTYPES[dtype])
     with output_folder(output) as unfinished:

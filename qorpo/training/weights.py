@@ -3,6 +3,7 @@
 A loop and its checkpoints speak to either in the same words; only here is it known which of the two it is.
 """
 
+import logging
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from qorpo.engine.optim import load_optimizer_state
 from qorpo.errors import RunError
 from qorpo.model.adapters import attach_lora
 from qorpo.model.mixed_precision import train_all
+from qorpo.model.targets import shares
 from qorpo.out_of_memory import is_out_of_memory
 from qorpo.recipe import Recipe
 from qorpo.training.saving import save_adapter, save_whole_model
@@ -32,6 +34,8 @@ UNREADABLE = (
     OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, EOFError, RuntimeError, UnpicklingError,
     SafetensorError,
 )  # fmt: skip
+
+logger = logging.getLogger(__name__)
 
 
 class AdapterWeights:
@@ -138,7 +142,13 @@ def make_weights(model: PreTrainedModel | PeftModel, recipe: Recipe) -> Weights:
         return FullWeights(model)
     if isinstance(model, PeftModel):
         return AdapterWeights(model)
-    return AdapterWeights(attach_lora(model, **dict(recipe.lora)))
+    peft_model = attach_lora(model, **dict(recipe.lora))
+    in_4_bits, adapted = shares(peft_model)
+    logger.info(
+        "model: %.1f%% of the language model's weights are in 4 bits, %.1f%% have an adapter",
+        100 * in_4_bits, 100 * adapted,
+    )  # fmt: skip
+    return AdapterWeights(peft_model)
 
 
 def load_adapter(folder: Path, model: PeftModel) -> None:

@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, models
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
 
-from qorpo.model.checkpointing import decoder_layers
 from qorpo.model.load import keep_nf4_trainable
+from qorpo.model.parts import decoder_layers
 from qorpo.planning.fake_model import shortened
 
 # By the models whose published config.json has the shape; Llama 3 and 3.1 differ in their positions alone.

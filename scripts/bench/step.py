@@ -37,7 +37,7 @@ from torch import nn
 from qorpo.data.groups import GroupLengths, row_tokens
 from qorpo.data.token_table import longest_group
 from qorpo.errors import RunError
-from qorpo.model.checkpointing import decoder_layers
+from qorpo.model.parts import decoder_layers
 from qorpo.out_of_memory import is_out_of_memory
 from qorpo.planning.auto import cap_card, planned_bytes
 from qorpo.recipe.values import Attention

@@ -4,6 +4,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from qorpo.model.parts import auto_class
+
 SMALL = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
@@ -46,3 +48,14 @@ def build(name_or_type: str, config: dict | None = None, **changes) -> PreTraine
             "eager"
         )  # SDPA has no soft cap, and transformers before 5.23 doesn't mind
     return model.double().eval()
+
+
+def build_gemma3_wrapper() -> PreTrainedModel:
+    """A vision-language model: Gemma-3 with its vision tower, in float32."""
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING["gemma3"](
+        text_config=SMALL | {"head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 8, "initializer_range": 0.2},
+        vision_config={"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=1, initializer_range=0.2,
+    )  # fmt: skip
+    return auto_class(config).from_config(config, dtype=torch.float32).eval()

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
-from helpers.architectures import SHARED, SMALL, build
+from helpers.architectures import SHARED, SMALL, build, build_gemma3_wrapper
 from helpers.lora_folders import add_adapter, load, logits, save_base, with_adapter
 from peft import PeftModel
+from transformers import AutoModelForImageTextToText
 
 import qorpo
 from qorpo.errors import ModelError
+from qorpo.model.adapters import attach_lora
 
 TOLERANCE = 1e-5
 
@@ -135,3 +137,39 @@ def test_experts(name, make, tmp_path):
     expected = logits(with_adapter(base, adapter))
     close(logits(with_adapter(base, adapter).merge_and_unload()), expected)
     close(merged_logits(base, adapter, tmp_path / "merged", onto="original"), expected)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "all-linear+experts"])
+def test_a_mixtures_adapter_as_peft_merges(targets, tmp_path):
+    """Router untouched, and a dense layer's MLP of the same names as the experts' own."""
+    config = SMALL | {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "mlp_only_layers": [0],
+    }
+    merged_as_pefts(build("qwen3_moe", config), targets, tmp_path)
+
+
+def test_a_vision_language_model_stays_whole(tmp_path):
+    model = build_gemma3_wrapper()
+    names = set(model.state_dict())
+    merged_as_pefts(model, "all-linear", tmp_path)
+    assert set(AutoModelForImageTextToText.from_pretrained(tmp_path / "merged").state_dict()) == names
+
+
+def merged_as_pefts(model, targets, folder):
+    base = save_base(model, folder / "base")
+    model = type(model).from_pretrained(base, dtype=torch.float32).eval()
+    model.name_or_path = str(base)
+    peft_model = attach_lora(model, rank=4, targets=targets).eval()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in peft_model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    peft_model.save_pretrained(folder / "adapter")
+    before = logits(load(base))
+    expected = logits(peft_model.merge_and_unload())
+    assert (expected - before).abs().max() > 1e-2
+    close(merged_logits(base, folder / "adapter", folder / "merged", onto="original"), expected)

@@ -4,10 +4,12 @@ import pytest
 import torch
 from helpers.architectures import SHARED, SMALL, build
 from helpers.lora_folders import save_base
+from torch.nn.utils import parametrize
 from transformers import AutoConfig
 
 from qorpo.merging import shards
-from qorpo.merging.dequantize import dequantized
+from qorpo.merging.dequantize import dequantized, dequantized_part
+from qorpo.merging.outline import _stacks
 from qorpo.merging.shards import read_checkpoint
 from qorpo.merging.skeleton import Skeleton
 from qorpo.model.load import load_model
@@ -26,6 +28,11 @@ def layers_of(model):
         f"{name}.weight": dequantize_4bit(module.weight.data, module.weight.quant_state)
         for name, module in model.named_modules()
         if isinstance(module, Linear4bit)
+    } | {
+        f"{name}.{parameter}": getattr(module, parameter)
+        for name, module in model.named_modules()
+        if parametrize.is_parametrized(module)
+        for parameter in module.parametrizations
     }
 
 
@@ -36,11 +43,17 @@ def check(base, monkeypatch, block_elements):
     stored = read_checkpoint(base)
     places = skeleton.places(stored)
     quantized = skeleton.quantized()
+    stacks = _stacks(stored, places, quantized)
     assert set(quantized) == set(layers)
     assert len(layers) > 0
     for name, place in places.items():
         if place.parameter in quantized:
             transposed = quantized[place.parameter]
+            if place.parameter in stacks:
+                values = whole(dequantized_part(stored[name], stacks[place.parameter]))
+                expert = layers[place.parameter][place.expert]
+                assert torch.equal(values, expert.chunk(place.parts)[place.part].float()), name
+                continue
             values = whole(dequantized(stored[name], transposed=transposed))
             expected = layers[place.parameter].float()
             assert torch.equal(values, expected.T if transposed else expected), name
@@ -67,6 +80,12 @@ def test_conv1d_in_several_reads(tmp_path, monkeypatch):
     check(save_base(build("gpt2"), tmp_path, torch.bfloat16), monkeypatch, 1)
 
 
-def test_experts_are_not_quantized(tmp_path, monkeypatch):
-    config = SMALL | {"num_local_experts": 4, "num_experts_per_tok": 2}
-    check(save_base(build("mixtral", config), tmp_path, torch.bfloat16), monkeypatch, 1 << 22)
+@pytest.mark.parametrize("block_elements", [1, 1 << 22])
+@pytest.mark.parametrize(
+    ("model_type", "experts"),
+    [("mixtral", "num_local_experts"), ("qwen3_moe", "num_experts"), ("gpt_oss", "num_local_experts")],
+)
+def test_experts_as_the_loaded_stacks(model_type, experts, block_elements, tmp_path, monkeypatch):
+    """The checkpoint keeps each expert's matrices apart (gpt_oss: stacked); loaded, their scales are one parameter's."""
+    sizes = {"num_experts_per_tok": 2, "moe_intermediate_size": 48, "head_dim": 8, experts: 4}
+    check(save_base(build(model_type, SMALL | sizes), tmp_path, torch.bfloat16), monkeypatch, block_elements)

@@ -11,7 +11,8 @@ from helpers.architectures import SHARED, build
 from qorpo.data.groups import Group
 from qorpo.data.pack import pack_groups
 from qorpo.model import offload as offload_module
-from qorpo.model.checkpointing import checkpoint_layers, decoder_layers
+from qorpo.model.checkpointing import checkpoint_layers
+from qorpo.model.parts import decoder_layers
 from qorpo.model.scoring import Scorer
 
 PAIRS = [

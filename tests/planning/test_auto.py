@@ -16,8 +16,9 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 import qorpo
 from qorpo import Trainer, load_pairs
-from qorpo.model.checkpointing import _Recomputed, decoder_layers
+from qorpo.model.checkpointing import _Recomputed
 from qorpo.model.load import load_model, load_tokenizer
+from qorpo.model.parts import decoder_layers
 from qorpo.planning import auto, fake_model, live_bytes
 from qorpo.planning.settings import CONTEXT_BYTES, GIB
 from qorpo.recipe import load_recipe

@@ -16,8 +16,9 @@ from qorpo.data.groups import GroupLengths
 from qorpo.engine.optim import make_optimizer
 from qorpo.engine.step import run_step
 from qorpo.model.adapters import attach_lora
-from qorpo.model.checkpointing import checkpoint_layers, decoder_layers
+from qorpo.model.checkpointing import checkpoint_layers
 from qorpo.model.load import load_model
+from qorpo.model.parts import decoder_layers
 from qorpo.model.scoring import Scorer
 from qorpo.planning.fake_model import make_fake_model
 from qorpo.planning.step_memory import CPU, HEAD, StepShape, filled_group, step_memory
