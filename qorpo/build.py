@@ -27,7 +27,9 @@ from qorpo.objectives.probability_ratio import ProbabilityRatio
 from qorpo.objectives.sft import Sft
 from qorpo.objectives.simpo import Simpo
 from qorpo.objectives.sppo import Sppo
-from qorpo.recipe import DataRecipe, ObjectiveRecipe, Recipe, SourceRecipe
+from qorpo.recipe import DataRecipe, ObjectiveRecipe, Recipe, SourceRecipe, load_recipe
+from qorpo.recipe.reading import recipe_error
+from qorpo.recipe.values import shown
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +62,39 @@ def with_remote_code(recipe: Recipe, path: Path, is_said: bool) -> Recipe:
             "saved recipe can't allow; give --trust-remote-code if you trust that code"
         )
     return recipe.replace("model.trust_remote_code", is_said)
+
+
+def with_adapter(recipe: Recipe) -> Recipe:
+    """The recipe with the lora keys of the adapter that `model.adapter` names; dropout may be another.
+
+    Raises:
+        RecipeError: with each key that the recipe sets otherwise. ModelError: where there is no such adapter.
+    """
+    if recipe.model.adapter is None or recipe.tuning == "full":  # with which it is refused
+        return recipe
+    from qorpo.model.adapter_folder import ends_of, find_adapter, lora_keys, read_adapter_config
+
+    taken, given = (
+        lora_keys(read_adapter_config(find_adapter(recipe.model.adapter))),
+        recipe.to_dict()["lora"],
+    )
+    is_said = recipe.lora.model_fields_set
+    if isinstance(given["targets"], list) and ends_of(given["targets"]) == taken["targets"]:
+        taken["targets"] = given["targets"]
+    if "dropout" in is_said:
+        taken["dropout"] = given["dropout"]
+    differing = {key: value for key, value in taken.items() if value != given[key]}
+    problems = [
+        f"lora.{key}: {shown(given[key])}, and the adapter of model.adapter has {shown(value)}; leave it out"
+        for key, value in differing.items()
+        if key in is_said and given[key] != "all-linear"  # whose names only the model knows
+    ]
+    if problems:
+        raise recipe_error("recipe", problems)
+    if differing:
+        found = ", ".join(f"lora.{key} {shown(value)}" for key, value in differing.items())
+        logger.info("model.adapter: %s has %s", recipe.model.adapter, found)
+    return load_recipe({**recipe.to_dict(), "lora": taken})
 
 
 def load_data(recipe: Recipe, chat_format: ChatFormat) -> PreparedData:

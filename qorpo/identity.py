@@ -18,6 +18,7 @@ from qorpo.data.chat_format import ChatFormat
 from qorpo.data.groups import TokenizedData
 from qorpo.errors import ModelError
 from qorpo.manifest import fingerprint
+from qorpo.model.adapter_folder import WEIGHTS, find_adapter
 from qorpo.model.load import model_source
 from qorpo.recipe import Recipe
 
@@ -33,7 +34,7 @@ MAY_CHANGE = (
 )  # fmt: skip
 # Not of a run's identity either: where things are.
 _ELSEWHERE = (
-    "model.path", "model.revision", "model.chat_template", "model.trust_remote_code", "model.allow_pickle",
+    "model.path", "model.revision", "model.adapter", "model.chat_template", "model.trust_remote_code", "model.allow_pickle",
     "data.train", "data.eval",
 )  # fmt: skip
 
@@ -50,8 +51,10 @@ def run_identity(
         train, eval: pairs as Trainer takes them; those of `load_data` know their files.
     """
     data = {name: _files_of(pairs) for name, pairs in (("train", train), ("eval", eval))}
+    adapter = recipe.model.adapter
     return {
         "recipe": recipe_identity(recipe),
+        "adapter": _fingerprint(find_adapter(adapter) / WEIGHTS) if adapter else None,
         "base": base_identity(recipe.model.path, recipe.model.revision),
         **chat_identity(chat),
         "data": data,
@@ -100,7 +103,11 @@ def differences(made_with: Mapping[str, Any], now: Mapping[str, Any]) -> list[st
         if saved[key] != current[key]:
             found.append(f"{key}: it was made with {saved[key]}, and the recipe says {current[key]}")
     found += base_differences(made_with.get("base"), now.get("base"))
-    for part, name in (("tokenizer", "the tokenizer"), ("template", "the chat template or its stop token")):
+    for part, name in (
+        ("adapter", "the adapter that it began from (model.adapter)"),
+        ("tokenizer", "the tokenizer"),
+        ("template", "the chat template or its stop token"),
+    ):
         if made_with.get(part) and now.get(part) and made_with[part] != now[part]:
             found.append(f"{name} is not the one that it was made with")
     saved, current = made_with.get("data") or {}, now.get("data") or {}

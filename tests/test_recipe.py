@@ -62,6 +62,7 @@ def test_three_keys_make_a_recipe_and_the_rest_has_the_documented_defaults():
         "model": {
             "path": "demo",
             "revision": None,
+            "adapter": None,
             "quantization": "auto",
             "attention": "auto",
             "liger": "auto",

@@ -1,23 +1,28 @@
 """LoRA adapters by PEFT: attached, found again, and computed in the base's own precision."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper, _LoraFactorsProxy
 from peft.utils import ModulesToSaveWrapper
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
 from qorpo.errors import ModelError
+from qorpo.model.adapter_folder import WEIGHTS, read_adapter_config, stored_names
 from qorpo.model.dora import exact_beginnings, forward_dora, has_exact_beginning
 from qorpo.model.parts import stacked_experts
 from qorpo.model.quantizer import experts_plain, shell_of
 from qorpo.model.targets import EXPERTS, target_names, targets_as_given, warn_of_peft
+from qorpo.out_of_memory import is_out_of_memory
 
 
 def attach_lora(
@@ -65,8 +70,24 @@ def attach_lora(
         use_dora=use_dora,
         init_lora_weights="gaussian" if init == "gaussian" else True,
     )
+    peft_model = attach(model, config)
+    if init == "orthogonal":
+        for module in peft_model.modules():
+            if isinstance(module, LoraLayer):
+                _begin_orthogonal(module)
+        config.init_lora_weights = init  # type: ignore[assignment]
+    return peft_model
+
+
+def attach(model: PreTrainedModel, config: LoraConfig, stored: Collection[str] = ()) -> PeftModel:
+    """Freeze `model` and put new adapters on it as PEFT's config says, to be computed as `attach_lora` has it.
+
+    Args:
+        stored: names of the tensors that they will be given.
+    """
+    config.base_model_name_or_path = None  # PEFT writes the model's own there, and warns of another
     try:
-        with exact_beginnings(), targets_as_given(model):
+        with exact_beginnings(), targets_as_given(model, stored):
             peft_model = get_peft_model(model, config)
     except ValueError as error:
         raise ModelError(f"lora.targets: {error}") from error
@@ -74,13 +95,36 @@ def attach_lora(
         raise ModelError(
             "lora.targets: the output head can't carry LoRA; name it in lora.modules_to_save to train it whole"
         )
-    if init == "orthogonal":
-        for module in peft_model.modules():
-            if isinstance(module, LoraLayer):
-                _begin_orthogonal(module)
-        config.init_lora_weights = init  # type: ignore[assignment]
     compute_in_base_type(peft_model)
     warn_of_peft(peft_model, config)
+    return peft_model
+
+
+def continue_lora(model: PreTrainedModel, folder: Path, *, dropout: float) -> PeftModel:
+    """Put the adapter of a folder (see `adapter_folder`) on `model`, to train on.
+
+    Raises:
+        ModelError: where it is no adapter that can be trained on, or does not fit the model.
+    """
+    config = read_adapter_config(folder)
+    config.lora_dropout, began = dropout, config.init_lora_weights
+    config.init_lora_weights = True  # the values are read
+    peft_model = attach(model, config, stored_names(folder))
+    config.init_lora_weights = began
+    try:
+        outcome: Any = set_peft_model_state_dict(peft_model, load_file(folder / WEIGHTS, device="cpu"))
+    except (OSError, SafetensorError, RuntimeError, KeyError) as error:
+        if is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(
+            f"model.adapter: {folder}: does not fit model.path, or is damaged: {reason}"
+        ) from error
+    trained = {name for name, parameter in peft_model.named_parameters() if parameter.requires_grad}
+    if strange := outcome.unexpected_keys or sorted(trained & set(outcome.missing_keys)):
+        raise ModelError(
+            f"model.adapter: {folder}: does not fit model.path (such as {strange[0]}); give the base that it was trained on"
+        )
     return peft_model
 
 

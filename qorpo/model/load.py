@@ -142,6 +142,10 @@ def load_model(
             raise
         raise ModelError(f"{source}: the model could not be loaded: {_first_line(error)}") from error
     model, report = loaded
+    if getattr(model, "_hf_peft_config_loaded", False):  # of a hub id; local folders were looked at
+        raise ModelError(
+            f"model.path: {source} holds an adapter; give its base as model.path, and this as model.adapter"
+        )
     _check_weights(source, model, report)
     if quantization == "nf4" and not keep_nf4_trainable(model):
         logger.warning("quantization: no layer of this model could be quantized; it trains in bfloat16")
@@ -182,12 +186,12 @@ def check_model_folder(folder: Path, *, with_weights: bool = True) -> None:
     check_folder(folder, remedy, only=names, is_quick=True, for_people=["README.md"])
 
 
-def ask_hub_once(name: str, revision: str | None) -> None:
+def ask_hub_once(name: str, revision: str | None, file: str = "config.json") -> None:
     """Raises ModelError where a model is neither cached nor in reach: transformers would retry for a minute."""
-    if try_to_load_from_cache(name, "config.json", revision=revision) is not None:
+    if try_to_load_from_cache(name, file, revision=revision) is not None:
         return
     try:
-        get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), timeout=10)
+        get_hf_file_metadata(hf_hub_url(name, file, revision=revision), timeout=10)
     except HfHubHTTPError:
         pass  # the hub answered; transformers has the better words for what it said
     except Exception as error:  # of whichever HTTP library is underneath
@@ -197,6 +201,11 @@ def ask_hub_once(name: str, revision: str | None) -> None:
 
 
 def _check_config(folder: Path) -> None:
+    if (folder / "adapter_config.json").is_file():
+        raise ModelError(
+            f"model.path: {folder} holds an adapter (adapter_config.json), which would be loaded and then trained over; "
+            "give its base as model.path, and this folder as model.adapter (or move that file away)"
+        )
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder}: no config.json; give a folder that transformers can open")
     try:

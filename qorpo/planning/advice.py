@@ -59,6 +59,8 @@ def _changes(recipe: Recipe, counter: StepCounter) -> Iterator[tuple[str, Any]]:
         return
     if recipe.model.quantization != "nf4":
         yield "model.quantization", "nf4"
+    if recipe.model.adapter is not None:  # its rank and modules are what they are
+        return
     if recipe.lora.modules_to_save:
         yield "lora.modules_to_save", []
     if recipe.lora.rank > SMALL_RANK:

@@ -18,7 +18,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import PretrainedConfig
 
-from qorpo.model.adapters import attach_lora
+from qorpo.model.adapter_folder import find_adapter, read_adapter_config, stored_names
+from qorpo.model.adapters import attach, attach_lora
 from qorpo.model.mixed_precision import train_all
 from qorpo.model.parts import auto_class, stacked_experts
 from qorpo.model.quantizer import Nf4Quantizer, nf4_config, unpack_when_used
@@ -46,7 +47,7 @@ def make_fake_model(
     config: PretrainedConfig, recipe: Recipe, dtype: torch.dtype = torch.bfloat16
 ) -> tuple[Any, FakeTensorMode]:
     """A model of fake tensors, as `load_model` with `attach_lora` or `train_all` leaves it, and the mode it lives in."""
-    lora, quantized = recipe.lora, recipe.model.quantization == "nf4"
+    quantized = recipe.model.quantization == "nf4"
     config = copy.deepcopy(config)  # what quantizes it writes it there
     with foreign_code(), torch.device("meta"):
         model = auto_class(config).from_config(
@@ -65,9 +66,11 @@ def make_fake_model(
     model.requires_grad_(False)
     experts = [(module, parameter) for _, module, parameter in stacked_experts(model)] if quantized else []
     with foreign_code(), torch.device("meta"):
-        peft_model = attach_lora(
-            model, **{**dict(lora), "init": "default"}
-        )  # what it begins with has no bytes of its own
+        if recipe.model.adapter is not None:
+            folder = find_adapter(recipe.model.adapter)
+            peft_model = attach(model, read_adapter_config(folder), stored_names(folder))
+        else:  # what adapters begin with has no bytes of its own
+            peft_model = attach_lora(model, **{**dict(recipe.lora), "init": "default"})
     mode = FakeTensorMode()
     if quantized:
         with mode:

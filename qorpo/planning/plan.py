@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from qorpo.build import build_objective
+from qorpo.build import build_objective, with_adapter
 from qorpo.engine.device import unpaged
 from qorpo.errors import RecipeError
 from qorpo.model.load import load_config
@@ -85,7 +85,7 @@ def plan_budgets(
     if not isinstance(recipe, Recipe) or overrides:
         recipe = load_recipe(recipe.to_dict() if isinstance(recipe, Recipe) else recipe, overrides)
     can_page = not torch.cuda.is_available() or unpaged(torch.device("cuda")) is None
-    recipe = resolve(recipe, device_type="cuda", installed=_is_there, can_page=can_page)
+    recipe = resolve(with_adapter(recipe), device_type="cuda", installed=_is_there, can_page=can_page)
     if ranks > 1 and recipe.memory.sharding == "none":
         raise RecipeError(
             f"--ranks: got {ranks}, but nothing is sharded, so each card needs what one does; leave it out, or give --full"
@@ -131,7 +131,7 @@ def _plan(recipe: Recipe, counter: StepCounter, budget_gib: float) -> Plan:
         "microbatch_tokens": row_tokens,
         "max_length": min(length_within(row_tokens, counter.num_responses), positions or row_tokens),
     }
-    if recipe.tuning == "lora":
+    if recipe.tuning == "lora" and recipe.model.adapter is None:
         largest["lora_rank"] = largest_rank_that_fits(recipe, counter, settings.chunk_tokens, room_bytes)
     return Plan(
         model=recipe.model.path,

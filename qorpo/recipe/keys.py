@@ -59,6 +59,9 @@ from qorpo.recipe.values import (
 class ModelRecipe(Keys):
     path: Text = key(..., "The base model: a local folder, a hub id, or demo (qorpo's own tiny one).")
     revision: Text | None = key(None, "Branch, tag or commit of a hub model; null: its default branch.")
+    adapter: Text | None = key(
+        None, "An adapter to go on from: a run's folder, an adapter's in PEFT's format, or a hub id."
+    )
     quantization: Quantization = key(
         "auto", "Weights of the frozen base: nf4 (4 bits) or none; auto: nf4, or none for full."
     )

@@ -66,6 +66,11 @@ def resolve(
             recipe = recipe.replace(key, meaning[key])
 
     problems = []
+    if full and recipe.model.adapter is not None:
+        problems.append(
+            f"model.adapter: {recipe.model.adapter} can't be trained with all parameters; merge it (qorpo merge) and give the "
+            "merged folder as model.path, or leave out --full (tuning: full)"
+        )
     if recipe.model.liger is True and liger_lacks:
         problems.append(f"model.liger: true needs {liger_lacks[0]}; set it to auto")
     if full and recipe.model.quantization == "nf4":

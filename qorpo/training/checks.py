@@ -6,9 +6,13 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from qorpo.data.chat_format import ChatFormat
 from qorpo.data.groups import Group
 from qorpo.data.token_table import largest_token_id, longest_sequence
 from qorpo.errors import DataError, ModelError, RecipeError
+from qorpo.identity import base_differences, base_identity, chat_identity, differences
+from qorpo.manifest import MANIFEST, check_folder
+from qorpo.model.adapter_folder import CONFIG, WEIGHTS, find_adapter, read_adapter_config
 from qorpo.recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -21,6 +25,34 @@ def check_early_stopping(recipe: Recipe, has_eval: bool) -> None:
             f"train.early_stopping: {recipe.train.early_stopping} counts evaluations, and there are none; set data.eval, or "
             "leave it out"
         )
+
+
+def check_adapter(recipe: Recipe, chat: ChatFormat) -> None:
+    """Hold the adapter of `model.adapter` to its manifest, and the base to the one that it was trained on.
+
+    A tokenizer or template that is another is only said.
+
+    Raises:
+        DamageError: where it is damaged. ModelError: where model.path is not its base.
+    """
+    path, base = recipe.model.adapter, recipe.model.path
+    assert path is not None
+    folder = find_adapter(path)
+    remedy = f"make it again, or remove {MANIFEST} if you changed it yourself"
+    manifest = check_folder(folder, remedy, only=[CONFIG, WEIGHTS])
+    if manifest is None:  # PEFT's own knows its base by name alone
+        named = read_adapter_config(folder).base_model_name_or_path
+        if named and named != base:
+            logger.warning("model.adapter: %s names %s as its base, and model.path is %s", path, named, base)
+        return
+    made_with = manifest.belongs_to
+    if found := base_differences(made_with.get("base"), base_identity(base, recipe.model.revision)):
+        raise ModelError(
+            f"model.adapter: {path} was trained on another base than model.path ({base}): {'; '.join(found)}; give its own"
+        )
+    learned = {key: value for key, value in made_with.items() if key in ("tokenizer", "template")}
+    for difference in differences(learned, chat_identity(chat)):
+        logger.warning("model.adapter: %s: %s", path, difference)
 
 
 def check_vocabulary(model: Any, tokenizer: PreTrainedTokenizerBase, groups: Sequence[Group]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qorpo.build import build_objective, tokenized
+from qorpo.build import build_objective, tokenized, with_adapter
 from qorpo.card import write_run_card
 from qorpo.data.chat_format import ChatFormat
 from qorpo.data.groups import Group, TokenizedData
@@ -68,7 +68,7 @@ class Trainer:
         *,
         progress: Progress | None = None,
     ):
-        recipe = resolve_on(recipe, runs_on(recipe, model))
+        recipe = resolve_on(with_adapter(recipe), runs_on(recipe, model))
         self.objective = build_objective(recipe.objective)
         self.tokenizer = tokenizer
         self.chat = ChatFormat(tokenizer, read_chat_template(recipe.model.chat_template))

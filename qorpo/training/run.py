@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from qorpo.build import chat_format_of, load_data
+from qorpo.build import chat_format_of, load_data, with_adapter
 from qorpo.data.prepare import PreparedData
 from qorpo.engine.device import check_bfloat16, resolve_on
 from qorpo.engine.distributed import all_agree, from_main, main_first, this_process
@@ -26,7 +26,7 @@ from qorpo.planning.auto import cap_card
 from qorpo.recipe import Recipe, load_recipe
 from qorpo.storage import read_note
 from qorpo.training.checkpoint import check_checkpoint
-from qorpo.training.checks import check_early_stopping
+from qorpo.training.checks import check_adapter, check_early_stopping
 from qorpo.training.loop import Trainer
 from qorpo.training.progress import Progress
 from qorpo.training.run_folder import RunFolder
@@ -87,6 +87,8 @@ def train(
 
 
 def _train(folder: RunFolder, recipe: Recipe, resume: bool, progress: Progress | None) -> TrainResult:
+    with main_first():  # an adapter of the hub's is downloaded once
+        recipe = with_adapter(recipe)
     if resume:
         folder.check_resumable()
         recipe = merge_saved(load_recipe(folder.recipe), recipe)
@@ -99,6 +101,8 @@ def _train(folder: RunFolder, recipe: Recipe, resume: bool, progress: Progress |
     recipe = resolve_on(recipe, device)
 
     chat = chat_format_of(recipe)
+    if recipe.model.adapter is not None:
+        all_agree(lambda: check_adapter(recipe, chat))
     with main_first():
         data = load_data(recipe, chat)
     if resume:

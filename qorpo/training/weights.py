@@ -20,8 +20,9 @@ from transformers import PreTrainedModel
 
 from qorpo.engine.distributed import gathered, sharded_like
 from qorpo.engine.optim import load_optimizer_state
-from qorpo.errors import RunError
-from qorpo.model.adapters import attach_lora
+from qorpo.errors import ModelError, RunError
+from qorpo.model.adapter_folder import find_adapter
+from qorpo.model.adapters import attach_lora, continue_lora
 from qorpo.model.mixed_precision import train_all
 from qorpo.model.targets import shares
 from qorpo.out_of_memory import is_out_of_memory
@@ -135,14 +136,20 @@ Weights = AdapterWeights | FullWeights
 def make_weights(model: PreTrainedModel | PeftModel, recipe: Recipe) -> Weights:
     """Make trainable what the recipe says; a PEFT model keeps the adapter that it has.
 
-    An adapter's first values come from the recipe's seed.
+    A new adapter's first values come from the recipe's seed.
     """
     torch.manual_seed(recipe.train.seed)
     if recipe.tuning == "full":
         return FullWeights(model)
+    path = recipe.model.adapter
     if isinstance(model, PeftModel):
+        if path is not None:
+            raise ModelError(f"model.adapter: {path}, and the model has an adapter already; leave one out")
         return AdapterWeights(model)
-    peft_model = attach_lora(model, **dict(recipe.lora))
+    if path is not None:
+        peft_model = continue_lora(model, find_adapter(path), dropout=recipe.lora.dropout)
+    else:
+        peft_model = attach_lora(model, **dict(recipe.lora))
     in_4_bits, adapted = shares(peft_model)
     logger.info(
         "model: %.1f%% of the language model's weights are in 4 bits, %.1f%% have an adapter",

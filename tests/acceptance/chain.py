@@ -87,6 +87,18 @@ def adapters(row: Row, folder: Path) -> None:
     check_opens(merged)
 
 
+def after_sft(row: Row, folder: Path) -> None:
+    """SFT on the chosen answers, then the main job from its adapter, which gives the rank."""
+    sft = replace(row, objective={"name": "sft"}, data={**row.data, "on_bad_record": "skip"})
+    first = folder / "sft"
+    first.mkdir()
+    qorpo("train", sft.write_recipe(first))
+    adapters(replace(row, model={**row.model, "adapter": first / "run"}), folder)
+    start, end = metrics(folder / "run")[0], metrics(first / "run")[-1]
+    assert start["step"] == 0
+    assert math.isclose(start["eval_nll"], end["eval_nll"], rel_tol=1e-3)
+
+
 def all_parameters(row: Row, folder: Path) -> None:
     """The same with --full, and the last checkpoint exported."""
     row = replace(row, changes={**row.changes, "learning_rate": row.full_learning_rate})

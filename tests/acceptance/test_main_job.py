@@ -3,10 +3,15 @@
 from pathlib import Path
 
 import pytest
-from chain import Row, adapters
-from rows import ROWS
+from chain import Row, adapters, after_sft
+from rows import AFTER_SFT, ROWS
 
 
 @pytest.mark.parametrize("row", ROWS)
 def test_adapters(row: Row, tmp_path: Path):
     adapters(row, tmp_path)
+
+
+@pytest.mark.parametrize("row", AFTER_SFT)
+def test_adapters_after_sft(row: Row, tmp_path: Path):
+    after_sft(row, tmp_path)
