@@ -748,7 +748,8 @@ def test_full_tuning_has_autos_of_its_own():
 
 
 @pytest.mark.parametrize(
-    ("objective", "rate", "epochs"), [("orpo", 8e-6, 10), ("sft", 1e-5, 1), ("cpo", 8e-6, 10)]
+    ("objective", "rate", "epochs"),
+    [("orpo", 8e-6, 10), ("sft", 1e-5, 1), ("dpo", 5e-6, 3), ("kto", 5e-6, 3), ("cpo", 8e-6, 10)],
 )
 def test_full_tuning_takes_the_papers_rates_and_epochs(objective, rate, epochs):
     recipe = load_recipe(LEAST, ["tuning=full", f"objective.name={objective}"])

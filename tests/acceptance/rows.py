@@ -201,6 +201,9 @@ ON_SHARED += [
 
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no data in {SHARED}")
 # Training that goes on from the adapter of SFT.
-AFTER_SFT = [replace(DEMO, name="orpo after sft", changes={"learning_rate": 1e-3})]
+AFTER_SFT = [
+    replace(DEMO, name="orpo after sft", changes={"learning_rate": 1e-3}),
+    replace(DEMO, name="dpo after sft", objective={"name": "dpo"}, changes={"learning_rate": 1e-3}),
+]
 ROWS = [pytest.param(row, id=row.name) for row in COMMITTED]
 ROWS += [pytest.param(row, id=row.name, marks=needs_shared) for row in ON_SHARED]
