@@ -94,7 +94,7 @@ def with_adapter(recipe: Recipe) -> Recipe:
     if differing:
         found = ", ".join(f"lora.{key} {shown(value)}" for key, value in differing.items())
         logger.info("model.adapter: %s has %s", recipe.model.adapter, found)
-    return load_recipe({**recipe.to_dict(), "lora": taken})
+    return load_recipe({**recipe.to_dict(), "lora": {**given, **taken}})
 
 
 def load_data(recipe: Recipe, chat_format: ChatFormat) -> PreparedData:

@@ -115,13 +115,13 @@ def stored_names(folder: Path) -> list[str]:
     """
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
-            return [*file.keys()]  # noqa: SIM118
+            return [*file.keys()]
     except (OSError, SafetensorError) as error:
         raise ModelError(f"model.adapter: {folder / WEIGHTS} can't be read: {error}") from error
 
 
 def lora_keys(config: LoraConfig) -> dict[str, Any]:
-    """A config in the words of a recipe's lora section; targets by the last part of their names."""
+    """A config in the words of a recipe's lora section (but for how it began); targets by the last part of their names."""
     names: Any = config.target_modules or ()
     if config.target_parameters:
         targets: Any = EXPERTS
@@ -138,9 +138,6 @@ def lora_keys(config: LoraConfig) -> dict[str, Any]:
         "modules_to_save": sorted(config.modules_to_save or ()),
         "use_rslora": config.use_rslora,
         "use_dora": config.use_dora,
-        "init": config.init_lora_weights
-        if config.init_lora_weights in ("gaussian", "orthogonal")
-        else "default",
     }
 
 

@@ -84,7 +84,7 @@ class LoraRecipe(Keys):
     use_rslora: Flag = key(False, "Scale the adapters' output by alpha / √rank instead (rsLoRA).")
     use_dora: Flag = key(False, "Train the length of weights' rows apart from their direction (DoRA).")
     init: LoraInit = key(
-        "default", "How adapters begin, as PEFT's init_lora_weights: default, gaussian, orthogonal."
+        "default", "How new adapters begin, as PEFT's init_lora_weights: default, gaussian, orthogonal."
     )
 
 

@@ -138,7 +138,7 @@ def test_an_orthogonal_beginning_is_the_base_with_both_matrices_there(base, quan
     """PEFT's own makes bytes of them on 4 bits, and rounds them to the base's type in 16."""
     torch.manual_seed(0)
     model = attach_lora(load_model(str(base), quantization=quantization), init="orthogonal")
-    assert model.peft_config["default"].init_lora_weights == "orthogonal"
+    assert model.peft_config["default"].init_lora_weights is True  # or PEFT can't open it on 4 bits
     for module in model.modules():
         if isinstance(module, LoraLayer):
             a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
