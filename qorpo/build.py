@@ -116,13 +116,16 @@ def load_data(recipe: Recipe, chat_format: ChatFormat) -> PreparedData:
         logger.info("data: %s", data.whole.summary())
     if data.leaked_prompts:
         logger.warning(
-            "data: %d evaluation prompts occur in training too; its figures will flatter", data.leaked_prompts
+            "data: %s evaluation prompts occur in training too; its figures will flatter",
+            f"{data.leaked_prompts:,}",
         )
     for name, tokenized in (("train", data.train), ("eval", data.eval)):
         if tokenized is not None:
             report = tokenized.report
-            cut = ", ".join(f"{count} {side}" for side, count in report.cut.items() if count) or "none"
-            logger.info("data: %s: %s, kept %d; cut to length: %s", name, report.summary(), report.kept, cut)
+            cut = ", ".join(f"{count:,} {side}" for side, count in report.cut.items() if count) or "none"
+            logger.info(
+                "data: %s: %s, kept %s; cut to length: %s", name, report.summary(), f"{report.kept:,}", cut
+            )
             _check_fits(tokenized.groups, objective, f"data.{name}")
     return data
 

@@ -160,7 +160,7 @@ def data(
     if as_json:
         say(json.dumps(as_dict(found, shown)))
     else:
-        Console().print(draw(found, shown))
+        Console().print(draw(found, shown), crop=False)
 
 
 @app.command()

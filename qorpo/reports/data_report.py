@@ -1,7 +1,7 @@
 """Prepared data drawn for a person: tables, histograms and coloured pairs, on a terminal, as HTML or as PNG."""
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Group, RenderableType
@@ -18,7 +18,7 @@ from qorpo.reports.page import Page, Part, Section, check_output, write_output
 from qorpo.reports.page import Table as PageTable
 
 COLOURS = {"prompt": "cyan", "chosen": "green", "rejected": "red", "response": "green"}
-BAR_WIDTH = 18
+BAR_WIDTH = 10  # columns; three bars with their counts fit a terminal of 80
 ENDINGS = (".html", ".png")
 
 # What each reason that records are dropped or noted for means.
@@ -131,13 +131,9 @@ def reason_tables(report: DataReport) -> list[PageTable]:
             title=title,
             figures=False,
         )
-        for title, counts in _reason_counts(report)
+        for title, counts in (("dropped", report.dropped), ("kept, but worth a look", report.noted))
+        if counts
     ]
-
-
-def _reason_counts(report: DataReport) -> list[tuple[str, Mapping[str, int]]]:
-    both = (("dropped", report.dropped), ("kept, but worth a look", report.noted))
-    return [(title, counts) for title, counts in both if counts]
 
 
 def _counts_text(report: DataReport) -> Iterator[str]:
@@ -182,21 +178,28 @@ def _part(span: Span, side: str) -> Part:
 def _counts(report: DataReport) -> Iterator[RenderableType]:
     read, *cut = _counts_text(report)
     yield Text(read)
-    for title, counts in _reason_counts(report):
-        yield _reasons(title, counts, report.examples)
+    for found in reason_tables(report):
+        yield _reasons(found)
+        for reason, _, _, places in found.rows:
+            yield _whole_line(f"  {reason}: {printable(places)}")
     yield from map(Text, cut)
 
 
-def _reasons(title: str, counts: Mapping[str, int], examples: Mapping[str, list[str]]) -> Table:
-    table = Table(title=title, title_justify="left")
-    table.add_column("reason", no_wrap=True)
-    for name in ("count", "what it means", "such as"):
-        table.add_column(name)
-    for reason, count in sorted(counts.items(), key=lambda item: -item[1]):
-        # As Text: in a plain string rich reads [brackets] as markup.
-        places = Text(printable(", ".join(examples[reason])))
-        table.add_row(reason, f"{count:,}", REASONS[reason], places)
+def _reasons(found: PageTable) -> Table:
+    table = Table(title=found.title, title_justify="left")
+    for name in found.head[:3]:
+        table.add_column(name, no_wrap=name == "reason", justify="right" if name == "count" else "left")
+    for reason, count, meaning, _ in found.rows:
+        table.add_row(reason, count, meaning)
     return table
+
+
+def _whole_line(text: str, style: str = "") -> Text:
+    """A line that is longer than the console is neither cut nor broken: a place stays one that can be copied.
+
+    Printed by `Console.print(…, crop=False)`.
+    """
+    return Text(text, style, no_wrap=True, overflow="ignore")
 
 
 def _numbers(found: Statistics) -> Iterator[tuple[str, str]]:
@@ -224,7 +227,7 @@ def _numbers(found: Statistics) -> Iterator[tuple[str, str]]:
 def _histogram(found: Statistics) -> Table:
     table = Table("tokens", title="lengths", title_justify="left")
     for side, lengths in found.lengths.items():
-        table.add_column(Text(side, COLOURS[side]), footer=f"mean {lengths.mean}, max {lengths.max}")
+        table.add_column(Text(side, COLOURS[side]), footer=f"mean {lengths.mean:,}, max {lengths.max:,}")
     edges = found.lengths["prompt"].edges
     highest = max(max(lengths.counts) for lengths in found.lengths.values())
     for place, (low, high) in enumerate(itertools.pairwise(edges)):
@@ -233,7 +236,7 @@ def _histogram(found: Statistics) -> Table:
             Text("█" * round(BAR_WIDTH * count / highest), COLOURS[side]).append(f" {count:,}", "default")
             for side, count in counts.items()
         ]
-        table.add_row(f"{low}-{high - 1}", *bars)
+        table.add_row(f"{low:,}-{high - 1:,}", *bars)
     for name in ("mean", "p50", "p90", "p99", "max"):
         figures = (f"{getattr(lengths, name):,}" for lengths in found.lengths.values())
         table.add_row(name, *figures, end_section=name == "max")
@@ -246,7 +249,7 @@ def _pairs(shown: Sequence[ShownGroup]) -> Iterator[RenderableType]:
         ("special token", "reverse"), "  ", ("bold: the loss is over it", "bold"), "  ⏎ a line break",
     )  # fmt: skip
     for pair in shown:
-        yield Rule(Text(_title_of(pair)), style="dim")
+        yield _whole_line(f"── {_title_of(pair)}", "dim")
         for side, spans in pair.parts.items():
             yield Text.assemble((f"{side:>8} ", "dim"), *(_span(span, side) for span in spans))
 

@@ -32,6 +32,7 @@ DISTRIBUTED = (
     "rewards/margins",
 )  # the first of these that the objective has (the paper's Fig. 4)
 NUM_BINS = 40
+SPEEDS = ("pairs_per_second", "groups_per_second")
 
 
 def run_page(run: RunFiles) -> Page:

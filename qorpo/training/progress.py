@@ -7,22 +7,23 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-# (metric, label, format), in the order a person reads them: a line that a narrow terminal holds.
+WIDTH = 100  # of a line, in columns
+# (metric, label, format), in the order a person reads them: what no longer fits a line is left out from the end.
 SHOWN = (
     ("loss", "loss", ".4f"),
-    ("log_odds_ratio", "log odds", "+.3f"),
     ("rewards/accuracies", "accuracy", ".3f"),
+    ("log_odds_ratio", "log odds", "+.3f"),
     ("learning_rate", "lr", ".1e"),
-    ("pairs_per_second", "pairs/s", ".1f"),
-    ("groups_per_second", "groups/s", ".1f"),
+    ("pairs_per_second", "pairs/s", ",.1f"),
+    ("groups_per_second", "groups/s", ",.1f"),
 )
 SHOWN_HELD_OUT = (
     ("loss", "loss", ".4f"),
-    ("nll", "nll", ".4f"),
-    ("log_odds_ratio", "log odds", "+.3f"),
     ("rewards/accuracies", "accuracy", ".3f"),
+    ("log_odds_ratio", "log odds", "+.3f"),
     ("chosen_logps", "chosen", ".3f"),
     ("rejected_logps", "rejected", ".3f"),
+    ("nll", "nll", ".4f"),
 )
 
 
@@ -85,14 +86,30 @@ class ConsoleProgress(Progress):
         if self.console.is_terminal:
             self.bar.update(self.task, figures=_figures(metrics, SHOWN[:3]))
         else:
-            self._line(f"step {step}/{self.total_steps}  {_figures(metrics)}  left {self._time_left(step)}")
+            self._figures_line(step, "", metrics, SHOWN, f"left {self._time_left(step)}")
 
     def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
         plain = {name.removeprefix("eval_"): value for name, value in metrics.items()}
-        self._line(f"step {step}/{self.total_steps}  held out: {_figures(plain, SHOWN_HELD_OUT)}")
+        self._figures_line(step, "held out: ", plain, SHOWN_HELD_OUT)
 
     def close(self) -> None:
         self.bar.stop()
+
+    def _figures_line(
+        self,
+        step: int,
+        what: str,
+        metrics: Mapping[str, float],
+        shown: Sequence[tuple[str, str, str]],
+        end: str = "",
+    ) -> None:
+        """One line of at most WIDTH columns."""
+        start = f"step {step:,}/{self.total_steps:,}  {what}"
+        room = WIDTH - len(start) - (len(end) + 2 if end else 0)
+        while shown and len(_figures(metrics, shown)) > room:
+            shown = shown[:-1]
+        text = start + _figures(metrics, shown) + (f"  {end}" if end else "")
+        self._line(text)
 
     def _line(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -104,5 +121,5 @@ class ConsoleProgress(Progress):
         return f"{hours}:{minutes:02}:{seconds:02}"
 
 
-def _figures(metrics: Mapping[str, float], shown: Sequence[tuple[str, str, str]] = SHOWN) -> str:
+def _figures(metrics: Mapping[str, float], shown: Sequence[tuple[str, str, str]]) -> str:
     return "  ".join(f"{label} {metrics[name]:{form}}" for name, label, form in shown if name in metrics)

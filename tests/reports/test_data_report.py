@@ -43,7 +43,7 @@ def test_tables_say_what_was_dropped_why_and_where(command, recipe, tmp_path):
         ("duplicate", "pairs.jsonl:22"),
         ("contradiction", "pairs.jsonl:23"),
     ):
-        assert re.search(rf"{reason} +│ 1 +│", out), reason
+        assert re.search(rf"{reason} +│ +1 +│", out), reason
         assert place in out
     assert "saved" in out
     assert "chosen is the longer one in" in out
@@ -149,3 +149,15 @@ def test_every_reason_is_explained():
     assert {"tie", "empty", "wrong_type", "left_out_by_weight", "further_vote", "tools_left_out"} <= used
     found_in_texts = {"role_label_in_response", "replacement_character", "nul_character", "scores_disagree"}
     assert used | found_in_texts | {"duplicate", "contradiction"} <= REASONS.keys()
+
+
+def test_the_place_of_a_row_is_whole_on_a_narrow_terminal(command, recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    name = "a-long-name-" * 12 + "[bold].jsonl"
+    moved = (tmp_path / "pairs.jsonl").rename(tmp_path / name)
+    code, out, err = command("data", recipe, f"data.train='{moved}'", "--show", "1")
+    assert code == 0, err
+    assert f"  empty: {name}:21\n" in out
+    assert f"  duplicate: {name}:22\n" in out
+    assert re.search(rf"^── {re.escape(name)}:\d+$", out, re.MULTILINE)
+    assert max(len(line) for line in out.splitlines() if line[:1] in ("┃", "│", "┏", "└")) <= 60
