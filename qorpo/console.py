@@ -35,6 +35,8 @@ def closing(result: Any) -> list[str]:
     if result.stopped_early:
         lines.append(result.stopped_early)
     lines += _table(columns | {"last step": result.last_step})
+    if result.report:
+        lines += ["", result.verdict, f"report: {result.report}"]
     if result.warning:
         return [*lines, "", result.warning]
     return [*lines, "", "next:", *(f"  {command}" for command in _next_commands(result))]

@@ -87,7 +87,14 @@ def test_train_ends_with_before_and_after_side_by_side_and_the_next_commands(com
     names = [line.split()[0] for line in rest[: rest.index("")]]
     assert names[:3] == ["loss", "nll", "odds_ratio_loss"]
     assert set(names) == (step.keys() | {name.removeprefix("eval_") for name in last}) - {"step"}
+    verdict = rest[rest.index("") + 1]
+    assert re.match(
+        r"(Better than|Not told apart from) the base.*: held-out accuracy .* → .*, 10 pairs\.$", verdict
+    )
     assert rest[rest.index("") :] == [
+        "",
+        verdict,
+        f"report: {run / 'report.html'}",
         "",
         "next:",
         f"  qorpo chat {run}   # ask it something",

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from qorpo.data.groups import Group, row_tokens
-from qorpo.data.pack import PackedGroups, moved, pack_groups, split_by_budget
+from qorpo.data.pack import PackedGroups, moved, pack_groups
 from qorpo.engine.distributed import Ranks
 from qorpo.objectives.base import Objective, Scores, Totals
 
@@ -65,22 +65,27 @@ def score_groups(
     *,
     microbatch_tokens: int,
     device: torch.device,
+    ranks: Ranks = ALONE,
 ) -> dict[str, torch.Tensor]:
     """(P,) float64 on the host of every metric of the objective: each group's own, in the order of `groups`.
 
-    Their means are what `run_step` gives. The scorer is taken as it is: put the model into eval mode before.
+    Their means are what `run_step` gives. The scorer is taken as it is: put the model into eval mode before. Several
+    ranks are given the same groups, score a share each, and all get all.
     """
     groups = list(groups)
-    totals = _totals_of(objective, scorer, groups, {"microbatch_tokens": microbatch_tokens, "device": device})
-    rows = split_by_budget(range(len(groups)), microbatch_tokens, lambda place: row_tokens(groups[place]))
-    found: dict[str, list[torch.Tensor]] = {name: [] for name in objective.metrics}
-    for row in rows:
-        packed = pack_groups([groups[place] for place in row], score_prompts=objective.scores_prompts)
-        packed = packed.to(device)
-        for name, value_P in objective(scores_of(scorer(packed), packed), totals).metrics.items():
-            found[name].append(value_P)
-    order = torch.tensor([place for row in rows for place in row]).argsort()
-    return {name: torch.cat(values).cpu()[order] for name, values in found.items()}
+    options: dict[str, Any] = {"microbatch_tokens": microbatch_tokens, "device": device, "ranks": ranks}
+    totals = _totals_of(objective, scorer, groups, options)
+    found = {name: torch.zeros(len(groups), dtype=torch.float64, device=device) for name in objective.metrics}
+    places = range(len(groups))
+    for row in ranks.micro_batches(places, microbatch_tokens, lambda place: row_tokens(groups[place])):
+        own = [groups[place] for place in row] or [_least(groups)]
+        packed = pack_groups(own, score_prompts=objective.scores_prompts).to(device)
+        metrics = objective(scores_of(scorer(packed), packed), totals).metrics
+        if row:
+            at = moved(torch.tensor(row), device)
+            for name, values_P in found.items():
+                values_P[at] = metrics[name]
+    return {name: values_P.cpu() for name, values_P in ranks.summed(found).items()}
 
 
 @torch.no_grad()

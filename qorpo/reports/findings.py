@@ -17,7 +17,7 @@ NAMES = {
     ACCURACY: "accuracy", "rewards/margins": "margin", "rewards/chosen": "reward of chosen",
     "rewards/rejected": "reward of rejected", "chosen_logps": "log-prob of chosen",
     "rejected_logps": "log-prob of rejected", "learning_rate": "learning rate", "grad_norm": "gradient norm",
-    "tokens_per_second": "tokens a second", "pairs_per_second": "pairs a second", "groups_per_second": "groups a second", "groups_per_second": "groups a second",
+    "tokens_per_second": "tokens a second", "pairs_per_second": "pairs a second", "groups_per_second": "groups a second",
     "peak_memory_gib": "peak memory, GiB", "kl": "KL", "probability_ratio_loss": "probability ratio loss",
 }  # fmt: skip
 NOT_COMPARED = ("pairs_per_second", "groups_per_second")  # of an evaluation: its speed

@@ -18,10 +18,15 @@ from qorpo.storage import write_text
 
 logger = logging.getLogger(__name__)
 
+HELD_OUT = "held_out"  # in a run's folder, a file an evaluation
 RESAMPLES = 2000
 MOST_DRAWN = 4_000_000  # entries at a time: 32 MB
 MOST_PROMPTS = 5_000  # beyond it the mean is as good as normal, and resampling is slow
 Z = 1.96
+
+
+def held_out_file(run: Path, step: int) -> Path:
+    return run / HELD_OUT / f"step-{step}.json"
 
 
 class Interval(NamedTuple):

@@ -3,7 +3,7 @@
 import json
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,13 +15,12 @@ from qorpo.errors import RunError
 from qorpo.objectives.base import Objective
 from qorpo.printable import printable
 from qorpo.recipe import Recipe, load_recipe
-from qorpo.reports.pair_values import PairValues
+from qorpo.reports.pair_values import PairValues, held_out_file
 from qorpo.storage import read_note
 
 logger = logging.getLogger(__name__)
 
 EVAL = "eval_"
-HELD_OUT = "held_out"  # the folder of each held-out pair's values, a file an evaluation
 TEMPLATE = "chat_template.jinja"
 Row = dict[str, float]  # metrics by name
 
@@ -110,10 +109,6 @@ class RunFiles:
         return None
 
 
-def held_out_file(run: Path, step: int) -> Path:
-    return run / HELD_OUT / f"step-{step}.json"
-
-
 def read_run(path: Path) -> RunFiles:
     """Raises RunError where the folder holds no run; RecipeError where its recipe can't be read."""
     path = path.expanduser().absolute()
@@ -129,7 +124,7 @@ def read_run(path: Path) -> RunFiles:
             continue
         step = int(row.pop("step"))
         if any(name.startswith(EVAL) for name in row):
-            evaluations[step] = {name.removeprefix(EVAL): value for name, value in row.items()}
+            evaluations[step] = without_prefix(row)
         else:
             steps[step] = row
     if unread:
@@ -142,6 +137,11 @@ def read_run(path: Path) -> RunFiles:
         path, load_recipe(recipe), dict(sorted(steps.items())), dict(sorted(evaluations.items())),
         **notes, unread_lines=unread,
     )  # fmt: skip
+
+
+def without_prefix(row: Mapping[str, float]) -> Row:
+    """An evaluation's metrics by their own names."""
+    return {name.removeprefix(EVAL): value for name, value in row.items()}
 
 
 def _rows(path: Path) -> Iterator[dict[str, float] | None]:

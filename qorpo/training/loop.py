@@ -25,10 +25,13 @@ from qorpo.identity import run_identity
 from qorpo.model.load import read_chat_template
 from qorpo.out_of_memory import advised
 from qorpo.recipe import Recipe
+from qorpo.reports.findings import change_for_the_worse
+from qorpo.reports.pair_values import PairValues
+from qorpo.reports.run_files import without_prefix
 from qorpo.training.checkpoint import Checkpoints, TrainState
 from qorpo.training.checks import check_early_stopping, check_positions, check_vocabulary
 from qorpo.training.last_state import ending_with_advice
-from qorpo.training.metrics import Metrics, change_for_the_worse, speed_name, without_a_better_one
+from qorpo.training.metrics import Metrics, speed_name, without_a_better_one
 from qorpo.training.order import Order, mixed
 from qorpo.training.progress import Progress
 from qorpo.training.reference import Part, with_reference
@@ -91,6 +94,7 @@ class Trainer:
         self.progress = progress or Progress()
         self.trackers = Trackers(accelerator, self.folder)
         self.metrics = Metrics(self.folder, self.progress, self.trackers.log, accelerator.device)
+        self.scored: PairValues | None = None  # each held-out group's figures at the last evaluation
         self.state = TrainState()
         self.is_whole = True  # the weights are those of `state`: nothing was broken off while it changed them
         identity = from_main(lambda: run_identity(self.recipe, self.chat, train_pairs, eval_pairs))
@@ -178,8 +182,9 @@ class Trainer:
             raise RunError(f"{self.objective.name} needs the reference, which is scored as `train` begins")
         started = time.perf_counter()
         with self._noting_the_recipe():
-            means = self.session.evaluate(self.eval_pairs, self.objective)
-        metrics = {f"eval_{name}": value.item() for name, value in means.items()}
+            found = self.session.evaluate(self.eval_pairs, self.objective)
+        self.scored = PairValues.of(self.eval_pairs, {name: each.tolist() for name, each in found.items()})
+        metrics = {f"eval_{name}": each.mean().item() for name, each in found.items()}
         seconds = time.perf_counter() - started
         return metrics | {f"eval_{speed_name(self.eval_pairs)}": len(self.eval_pairs) / seconds}
 
@@ -212,7 +217,8 @@ class Trainer:
     @property
     def warning(self) -> str | None:
         """What to say where training left the held-out loss no lower than it was."""
-        return change_for_the_worse(self.metrics.evaluations, self.state.best_step, self.objective.headline)
+        found = {step: without_prefix(row) for step, row in self.metrics.evaluations.items()}
+        return change_for_the_worse(found, self.state.best_step, self.objective.headline)
 
     # --- the parts of the run ---
 
@@ -279,6 +285,8 @@ class Trainer:
     def _evaluate_and_write(self) -> bool:
         """Returns whether this evaluation is the best so far."""
         step, metrics, headline = self.state.step, self.evaluate(), self.objective.headline
+        if self.scored is not None:
+            self.folder.write_held_out(step, self.scored, kept=(0, self.state.best_step))
         self.metrics.write_evaluation(step, metrics)
         value = metrics[f"eval_{headline.metric}"]
         is_best = headline.is_better(value, self.state.best_headline)

@@ -12,7 +12,6 @@ import torch
 from qorpo.data.groups import Group, row_tokens
 from qorpo.engine.distributed import gathered
 from qorpo.errors import RunError
-from qorpo.objectives.base import Headline
 from qorpo.training.progress import Progress
 from qorpo.training.run_folder import RunFolder
 
@@ -132,33 +131,6 @@ def speed_name(groups: Sequence[Group]) -> str:
 def without_a_better_one(evaluations: Mapping[int, Any], best_step: int | None) -> list[int]:
     """The steps of the evaluations since the best one."""
     return [step for step in sorted(evaluations) if best_step is not None and step > best_step]
-
-
-def change_for_the_worse(
-    evaluations: Mapping[int, Mapping[str, float]], best_step: int | None, headline: Headline
-) -> str | None:
-    """What to say of a run whose held-out figures end no better than they started; None where they do.
-
-    Args:
-        evaluations: metrics by step, the start's among them at 0.
-        headline: the metric that counts.
-    """
-    if best_step is None or not {0, best_step} <= evaluations.keys() or len(evaluations) < 2:
-        return None
-    values = {step: evaluations[step][f"eval_{headline.metric}"] for step in (0, best_step, max(evaluations))}
-    first, last = values[0], values[max(values)]
-    if headline.is_better(last, first):
-        return None
-    if last == first:
-        return f"held-out {headline.metric} stayed at {first:.4f}: nothing was learned; raise train.learning_rate"
-    went = "rose" if headline.lower_is_better else "fell"
-    worse = (
-        f"held-out {headline.metric} {went} from {first:.4f} to {last:.4f}: this run made the model worse; "
-        "lower train.learning_rate"
-    )
-    if best_step == 0:
-        return f"{worse}. What is kept is the start (step 0), which was best"
-    return f"{worse}, or train for fewer steps. What is kept is step {best_step}, where it was {values[best_step]:.4f}"
 
 
 def peak_memory_gib(device: torch.device) -> float:

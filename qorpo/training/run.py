@@ -24,6 +24,7 @@ from qorpo.model.load import load_model
 from qorpo.out_of_memory import advised
 from qorpo.planning.auto import cap_card
 from qorpo.recipe import Recipe, load_recipe
+from qorpo.reports.write import write_report
 from qorpo.storage import read_note
 from qorpo.training.checkpoint import check_checkpoint
 from qorpo.training.checks import check_adapter, check_early_stopping
@@ -50,6 +51,8 @@ class TrainResult:
     """What a run left behind."""
 
     output: Path
+    report: Path | None  # the run's page, and what it says in a sentence; None where it could not be drawn
+    verdict: str | None
     trained: Path  # the adapter's folder, or the model's after full tuning
     steps: int  # that were taken
     best_step: int | None  # of the lowest evaluation loss, where there was an evaluation; 0 is the start
@@ -136,8 +139,11 @@ def _train(folder: RunFolder, recipe: Recipe, resume: bool, progress: Progress |
     if is_main and not resume:
         write_down(folder, trainer.recipe, model, data)
     metrics = trainer.train(resume=resume)
+    report, verdict = _draw(folder)
     return TrainResult(
         output=folder.path,
+        report=report,
+        verdict=verdict,
         trained=trainer.result,
         steps=trainer.state.step,
         best_step=trainer.state.best_step,
@@ -148,6 +154,20 @@ def _train(folder: RunFolder, recipe: Recipe, resume: bool, progress: Progress |
         warning=trainer.warning,
         trainer=trainer,
     )
+
+
+def _draw(folder: RunFolder) -> tuple[Path | None, str | None]:
+    """The run's page. The run is over and saved, so whatever goes wrong here is said and ends nothing."""
+    if not folder.is_main:
+        return None, None
+    try:
+        path, (verdict,) = write_report([folder.path])
+        return path, verdict
+    except Exception as error:
+        logger.warning(
+            "the run's page could not be drawn (%s); `qorpo report %s` tries again", error, folder.path
+        )
+        return None, None
 
 
 def merge_saved(saved: Recipe, given: Recipe) -> Recipe:

@@ -5,13 +5,14 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from qorpo.errors import RunError
 from qorpo.failed_write import failed_write
+from qorpo.reports.pair_values import HELD_OUT, PairValues, held_out_file
 from qorpo.storage import (
     LOCK,
     UNFINISHED,
@@ -36,7 +37,7 @@ class RunFolder:
     """Paths and writes of one run.
 
     recipe.yaml, environment.json, data.json, reference/ where the objective needs one, metrics.jsonl (a line a step, and a
-    line an evaluation), checkpoints/step-N/, and at the end adapter/, or model/ of full tuning. Of several ranks the main one writes, but
+    line an evaluation), held_out/ (each held-out group's figures), checkpoints/step-N/, and at the end adapter/, or model/ of full tuning. Of several ranks the main one writes, but
     for what is put into a `new_folder`; `wait` is until all have come so far.
     """
 
@@ -159,6 +160,18 @@ class RunFolder:
         with self.writing():
             write_text(self.metrics, "".join(kept))
 
+    def write_held_out(self, step: int, values: PairValues, kept: Collection[int | None]) -> None:
+        """Write each held-out group's figures at a step; of earlier evaluations only those of `kept` steps stay."""
+        if not self.is_main:
+            return
+        with self.writing():
+            path = held_out_file(self.path, step)
+            make_folder(path.parent)
+            for other in path.parent.glob("step-*.json"):
+                if other not in {held_out_file(self.path, each) for each in kept if each is not None}:
+                    other.unlink()
+            values.write(path)
+
     def flush_metrics(self) -> None:
         """Have the rows so far on disk."""
         if self.metrics.exists():
@@ -201,6 +214,7 @@ class RunFolder:
             with self.writing():
                 sweep(self.path)
                 sweep(self.checkpoints)
+                sweep(self.path / HELD_OUT)
 
     @contextmanager
     def new_folder(self, path: Path) -> Iterator[Path]:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from qorpo.data.groups import Group, GroupLengths
 from qorpo.engine.distributed import as_on_main, make_accelerator, ranks_of, reshard
 from qorpo.engine.optim import make_optimizer, make_schedule
-from qorpo.engine.step import run_step, summed_logps
+from qorpo.engine.step import run_step, score_groups, summed_logps
 from qorpo.engine.within_memory import within_memory
 from qorpo.errors import ModelError, RunError
 from qorpo.model.adapters import b_matrices
@@ -141,8 +141,8 @@ class Session:
         return self._within_memory(attempt, groups)
 
     def evaluate(self, groups: Sequence[Group], objective: Objective) -> dict[str, torch.Tensor]:
-        """The objective's means over the groups, in eval mode and without a gradient: on the device, not waited for."""
-        return self._score_only(run_step, groups, objective)
+        """(P,) float64 on the host of each of the objective's metrics, in eval mode and without a gradient."""
+        return self._score_only(score_groups, groups, objective)
 
     def summed_logps(self, groups: Sequence[Group]) -> torch.Tensor:
         """(P, N) float64 of each response, in the order of the groups, as `evaluate` scores: on the device of all ranks."""

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from qorpo.recipe import load_recipe
-from qorpo.reports.pair_values import PairValues
-from qorpo.reports.run_files import held_out_file
+from qorpo.reports.pair_values import PairValues, held_out_file
 
 PAIR_METRICS = (
     "loss",

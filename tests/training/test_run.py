@@ -16,6 +16,7 @@ from helpers.tiny import changed, preference_records, read_metrics, short_recipe
 import qorpo
 from qorpo import Trainer
 from qorpo.recipe import load_recipe
+from qorpo.reports.pair_values import PairValues, held_out_file
 from qorpo.training.progress import Progress
 
 
@@ -57,6 +58,7 @@ def test_the_folder_explains_the_run(run):
     names = {path.name for path in result.output.iterdir()}
     assert names == {
         "recipe.yaml", "environment.json", "data.json", "metrics.jsonl", "checkpoints", "trackers", "adapter",
+        "held_out", "report.html",
     }  # fmt: skip
     assert result.output.name == "first"
     assert result.trained == result.output / "adapter"
@@ -290,3 +292,34 @@ def test_a_write_cut_short_by_a_limit(command, recipe_dict, tmp_path, whole_adap
     code, _, err = command("train", path, "--resume")
     assert code == 0, err
     assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == whole_adapter
+
+
+def test_the_values_of_each_held_out_pair_are_kept_at_the_start_the_best_and_the_end(run):
+    _, result, _ = run
+    files = {path.name for path in (result.output / "held_out").iterdir()}
+    assert files >= {f"step-{step}.json" for step in (0, result.best_step, 4)}
+    for step, metrics in result.evaluations.items():
+        values = PairValues.read(held_out_file(result.output, step))
+        if values is not None:
+            assert len(values) == 10
+            for name, column in values.metrics.items():
+                assert sum(column) / 10 == pytest.approx(metrics[f"eval_{name}"], rel=1e-5)
+
+
+def test_a_run_ends_in_its_page_with_a_verdict(run):
+    _, result, _ = run
+    assert result.report == result.output / "report.html"
+    page = result.report.read_text(encoding="utf-8")
+    assert "10 pairs" in result.verdict
+    assert "</html>" in page
+
+
+def test_a_page_that_cannot_be_drawn_ends_no_run(recipe_dict, monkeypatch, caplog):
+    def broken(runs):
+        raise ValueError("no ink")
+
+    monkeypatch.setattr("qorpo.training.run.write_report", broken)
+    result = qorpo.train(changed(recipe_dict, train__max_steps=1))
+    assert (result.report, result.verdict) == (None, None)
+    assert (result.trained / "adapter_model.safetensors").is_file()
+    assert "the run's page could not be drawn (no ink)" in caplog.text
