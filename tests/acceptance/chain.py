@@ -76,6 +76,7 @@ def adapters(row: Row, folder: Path) -> None:
     assert json.loads(qorpo("plan", recipe, "--json").stdout)["fits"]
     train_killed_and_resumed(recipe, run)
     check_run(row, run, data)
+    check_report(run, data)
     if row.verify:
         qorpo("merge", run, "--output", merged)
         verification = read_json(merged / "verification.json")
@@ -193,6 +194,24 @@ def check_run(row: Row, run: Path, data: dict[str, Any]) -> None:
     before, *_, after = (line["eval_loss"] for line in held_out)
     assert after < before - 0.005, f"{row.name}: held-out loss {before} to {after}"
     assert read_json(run / "environment.json")
+
+
+def check_report(run: Path, data: dict[str, Any]) -> None:
+    """The page that the run ended in is there; `qorpo report` says what the data was and what came of it."""
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "</html>" in page
+    for side in ("split_from", "train", "eval"):
+        for reason in (data[side] or {"dropped": {}})["dropped"]:
+            assert f"<td>{reason}</td>" in page
+    said = qorpo("report", run, "--output", run.parent / "report.json").stdout
+    report = read_json(run.parent / "report.json")
+    assert report["verdict"] in said
+    assert report["is_finished"]
+    assert f"{data['eval']['kept']:,} pairs" in report["verdict"]
+    loss = report["changes"]["loss"]
+    assert loss["after"] < loss["before"]
+    low, high = loss["difference_95"]
+    assert low <= loss["after"] - loss["before"] <= high
 
 
 def check_opens(folder: Path) -> None:
