@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -96,6 +97,14 @@ def test_the_commands_run(workplace):
     files = next(found[1] for text in TEXTS if (found := re.search(r"runs/NAME/\n(.*?)```", text, re.DOTALL)))
     promised = [line.split()[0].rstrip("/") for line in files.splitlines()]
     assert sorted(promised) == sorted(path.name for path in (workplace / "runs/mine").iterdir())
+
+    shutil.copytree(workplace / "runs/mine", workplace / "runs/other")
+    sweeps = [f"{line} {' '.join(QUICK)}" for line in commands("qorpo sweep")]
+    for line in (*commands("qorpo report"), *sweeps):
+        done = run([sys.executable, "-m", "qorpo", *shlex.split(line)[1:]], workplace)
+        assert done.returncode == 0, done.stderr
+    assert (workplace / "comparison.html").exists()
+    assert (workplace / "runs/lambdas/report.html").exists()
 
     first, *others = commands("qorpo merge")
     for line in (first, "rm -r models/mine", *others):
