@@ -233,10 +233,8 @@ def machine(run: RunFiles) -> Iterator[tuple[str, str]]:
             if values:
                 yield name_of(name), f"{figure(float(np.median(values)))} (median)"
     _, used = series_of(run.steps, "peak_memory_gib")
-    planned = environment.get("planned_memory_gib")
     if used:
-        text = f"{max(used):.2f} GiB used at the peak"
-        yield "memory", text + (f", {planned:.2f} GiB planned" if isinstance(planned, int | float) else "")
+        yield "memory", f"{max(used):.2f} GiB used at the peak"
     packages = environment.get("packages")
     if isinstance(packages, dict):
         versions = [f"{name} {version}" for name, version in packages.items() if version]
