@@ -470,3 +470,16 @@ def test_which_base_to_merge_onto(base, pairs_file, recipe_dict, tmp_path):
     near, far = (figures[onto]["against_adapter_on_nf4"]["kl_mean"] for onto in ("dequantized", "original"))
     assert 0 <= near < far
     assert set(figures["original-dequantized"]["nll"]) == {"mean", "low", "high"}
+
+
+@pytest.mark.slow
+def test_generating_is_compared_on_equal_answers(tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(
+        '{"prompt": "Name a colour."}\n{"prompt": "What is the opposite of warm, and of high?"}\n'
+    )
+    (line,) = run("generate.py", "--prompts", prompts, "--count", 2, "--max-new-tokens", 6, "--repeats", 1)
+    check_line(line, "generate")
+    figures = line["figures"]
+    assert figures["equal_answers"] == 2
+    assert all(len(rates) == 1 and rates[0] > 0 for rates in figures["tokens_per_second"].values())

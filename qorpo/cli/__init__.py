@@ -129,6 +129,25 @@ def export(
 
 
 @app.command()
+def push(
+    path: Annotated[
+        str, typer.Argument(metavar="RUN", help="A run's folder, an adapter's, or a merged model's.")
+    ],
+    repo: Annotated[
+        str, typer.Argument(metavar="REPO", help="owner/name on the hub; made where it is not there.")
+    ],
+    public: Annotated[bool, typer.Option("--public", help="Let everybody read it.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Upload an adapter or a model with its card to the Hugging Face hub, privately by default."""
+    log_to(Console(stderr=True), logging.WARNING)
+    quiet_bars_where_no_terminal()
+    from qorpo.training.push import push as run
+
+    say(f"pushed: {run(path, repo, public=public)} ({'public' if public else 'private'})")
+
+
+@app.command()
 def data(
     recipe: RecipePath,
     overrides: Overrides = None,

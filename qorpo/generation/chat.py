@@ -6,9 +6,9 @@ from typing import Any
 
 from transformers.generation.streamers import BaseStreamer
 
+from qorpo.data.chat_format import ChatFormat
 from qorpo.data.conversations import message
 from qorpo.data.records import Message
-from qorpo.data.tokenize import ChatFormat
 from qorpo.engine.sampling import Request, complete, context_of, seed_of
 from qorpo.errors import DataError, RecipeError
 from qorpo.generation.generate import prompt_ids

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from qorpo.data.chat_format import ChatFormat, Texts
 from qorpo.data.records import Conversation
-from qorpo.data.tokenize import ChatFormat, Texts
 from qorpo.engine.sampling import BATCH_SIZE, Completion, Done, Request, complete_all, context_of, seed_of
 from qorpo.errors import DataError, RecipeError
 from qorpo.generation.answers_file import Kept, KeptAnswer, check_free, finish, kept_answers

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from qorpo.build import with_remote_code
-from qorpo.data.tokenize import ChatFormat
+from qorpo.data.chat_format import ChatFormat
 from qorpo.engine.device import computing_device
 from qorpo.errors import RecipeError, RunError
 from qorpo.identity import base_identity, chat_identity
