@@ -21,6 +21,9 @@ from transformers.pytorch_utils import Conv1D
 ROUTERS = {"gate", "gating", "router", "wg", "shared_expert_gate"}
 """What mixtures call the layer that chooses experts, and the one that weighs a shared expert."""
 
+BARE_IN_MAMBA = (".out_proj", ".x_proj", ".dt_proj")
+"""Layers of a Mamba mixer whose weights its kernels, or on any device its own code, read without calling the layer."""
+
 _EXPERTS_KEY = re.compile(r"(num|n)_(\w+_)?experts|moe_num_experts")
 _ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
 
@@ -91,7 +94,8 @@ def linear_layers(model: Any, *, experts: bool = False) -> list[str]:
         name
         for name, module in language_modules(model)
         if _is_linear(module)
-        and not (name.endswith("out_proj") and _is_mamba(trunk.get_submodule(name.rpartition(".")[0])))
+        and ".altup." not in name  # Gemma-3n reads these as bare weights, and clamps them
+        and not (name.endswith(BARE_IN_MAMBA) and _is_mamba(trunk.get_submodule(name.rpartition(".")[0])))
         and module is not head
         and not (is_mixture and ROUTERS & {*name.split(".")[-2:]})
         and (experts or not _ONE_EXPERT.search(f"{name}."))
@@ -111,8 +115,8 @@ def stacked_experts(model: Any) -> list[tuple[str, nn.Module, str]]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """Subclasses compute something else: the routers of phimoe and llama4 return tuples. bitsandbytes' are linear."""
-    return type(module) in (nn.Linear, Conv1D) or type(module).__name__ == "Linear4bit"
+    """Routers may be subclasses that return tuples (phimoe, llama4)."""
+    return isinstance(module, nn.Linear | Conv1D) and "Router" not in type(module).__name__
 
 
 def _is_mamba(mixer: nn.Module) -> bool:

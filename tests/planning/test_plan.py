@@ -35,7 +35,7 @@ CARDS_GIB = {
     "llama-2-7b.yaml": 12, "llama-3.1-8b-24gb.yaml": 24, "mistral-7b-12gb.yaml": 12, "mistral-7b-alpha.yaml": 12,
     "mistral-7b-beta.yaml": 12, "mistral-7b-capybara.yaml": 12, "opt-1.3b-hh-rlhf.yaml": 8, "opt-1.3b-ultrafeedback.yaml": 8, "opt-125m-hh-rlhf.yaml": 8,
     "opt-125m-ultrafeedback.yaml": 8, "opt-350m-hh-rlhf.yaml": 8, "opt-350m-ultrafeedback.yaml": 8, "phi-2.yaml": 8,
-    "qlora-24gb.yaml": 24, "qwen2.5-14b-24gb.yaml": 24, "qwen2.5-32b-24gb.yaml": 24,
+    "qlora-24gb.yaml": 24, "qwen2.5-14b-24gb.yaml": 24, "qwen2.5-32b-24gb.yaml": 24, "qwen3-30b-a3b-24gb.yaml": 24,
     "mistral-7b-alpha-a100.yaml": 24, "mistral-7b-beta-a100.yaml": 24,
 }  # fmt: skip
 FULL = ["mistral-7b-alpha-a100.yaml", "mistral-7b-beta-a100.yaml"]
