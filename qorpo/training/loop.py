@@ -31,7 +31,7 @@ from qorpo.reports.run_files import without_prefix
 from qorpo.training.checkpoint import Checkpoints, TrainState
 from qorpo.training.checks import check_early_stopping, check_positions, check_vocabulary
 from qorpo.training.last_state import ending_with_advice
-from qorpo.training.metrics import Metrics, speed_name, without_a_better_one
+from qorpo.training.metrics import Metrics, speed_name, why_early
 from qorpo.training.order import Order, mixed
 from qorpo.training.progress import Progress
 from qorpo.training.reference import Part, with_reference
@@ -205,14 +205,9 @@ class Trainer:
     @property
     def stopped_early(self) -> str | None:
         """Why the run ends before its last step, by `train.early_stopping`; None where it does not."""
-        patience, best = self.recipe.train.early_stopping, self.state.best_step
-        since = without_a_better_one(self.metrics.evaluations, best)
-        if patience is None or len(since) < patience or self.state.step == self.total_steps:
-            return None
-        return (
-            f"stopped after step {self.state.step} of {self.total_steps}: {len(since)} evaluations in a row with no better "
-            f"{self.objective.headline.metric} than step {best} has (train.early_stopping: {patience})"
-        )
+        state, patience, metric = self.state, self.recipe.train.early_stopping, self.objective.headline.metric
+        evaluations = self.metrics.evaluations
+        return why_early(evaluations, state.best_step, state.step, self.total_steps, patience, metric)
 
     @property
     def warning(self) -> str | None:

@@ -128,9 +128,22 @@ def speed_name(groups: Sequence[Group]) -> str:
     return "pairs_per_second" if len(groups[0].responses) == 2 else "groups_per_second"
 
 
-def without_a_better_one(evaluations: Mapping[int, Any], best_step: int | None) -> list[int]:
-    """The steps of the evaluations since the best one."""
-    return [step for step in sorted(evaluations) if best_step is not None and step > best_step]
+def why_early(
+    evaluations: Mapping[int, Any],
+    best_step: int | None,
+    step: int,
+    total_steps: int,
+    patience: int | None,
+    metric: str,
+) -> str | None:
+    """Why a run ends before its last step, by `train.early_stopping`; None where it does not."""
+    since = [at for at in evaluations if best_step is not None and at > best_step]
+    if patience is None or len(since) < patience or step == total_steps:
+        return None
+    return (
+        f"stopped after step {step} of {total_steps}: {len(since)} evaluations in a row with no better {metric} than step "
+        f"{best_step} has (train.early_stopping: {patience})"
+    )
 
 
 def peak_memory_gib(device: torch.device) -> float:
