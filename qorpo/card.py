@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 import yaml
 from huggingface_hub import try_to_load_from_cache
 
-from qorpo.data.records import DataReport
+from qorpo.data.counts import DataReport
 from qorpo.model.load import model_source
 from qorpo.recipe import Recipe
 from qorpo.storage import read_note

@@ -385,8 +385,8 @@ def middling_trainer(tmp_path, liger=False, **memory):
     """
     from helpers.tiny import make_tokenizer
 
+    from qorpo.data.counts import DataReport
     from qorpo.data.groups import TokenizedData
-    from qorpo.data.records import DataReport
     from qorpo.training.loop import Trainer
 
     torch.manual_seed(0)

@@ -4,8 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from qorpo.data.records import DataReport
-from qorpo.errors import DataError
+from qorpo.data.counts import DataReport
 
 GroupLengths = tuple[int, ...]
 """Token counts of a group's parts: of its prompt, then of each response."""

@@ -20,10 +20,11 @@ from typing import Any, Literal
 import numpy as np
 
 from qorpo.data.chat_format import ChatFormat
+from qorpo.data.counts import DataReport
 from qorpo.data.filters import digest, hold_out, prompt_key
 from qorpo.data.groups import TokenizedData, tokens_report
 from qorpo.data.locate import RecordFile, Sources, open_sources
-from qorpo.data.records import DataReport, Demonstration, Example, PreferencePair, TrainTurns
+from qorpo.data.records import Demonstration, Example, PreferencePair, TrainTurns
 from qorpo.data.shapes import Layout
 from qorpo.data.sources import OnBadRecord, iter_examples
 from qorpo.data.token_table import ArrowGroups, arrow_schema, read_table

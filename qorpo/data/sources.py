@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from qorpo.data.conversations import Layout, RankedPairs
+from qorpo.data.counts import DataReport
 from qorpo.data.demonstrations import Labelled, read_demonstration, read_labelled
 from qorpo.data.filters import Repeats, digest, judge, make_demonstration, notes, prompt_key
 from qorpo.data.locate import RecordFile, Sources, open_sources
 from qorpo.data.records import (
     BadRecord,
     Conversation,
-    DataReport,
     Demonstration,
     Example,
     PairSet,

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qorpo.data.chat_format import OUT_OF_BOUNDS, TOO_MUCH, ChatFormat, Texts
+from qorpo.data.counts import DataReport
 from qorpo.data.groups import Group, TokenizedData, tokens_report
-from qorpo.data.records import DataReport, Example, PairSet, Unusable
+from qorpo.data.records import Example, PairSet, Unusable
 from qorpo.data.sources import OnBadRecord
 from qorpo.errors import DataError
 

@@ -9,9 +9,9 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from qorpo.data.counts import DataReport
 from qorpo.data.inspect import ShownGroup, Span, Statistics, statistics
 from qorpo.data.prepare import PreparedData
-from qorpo.data.records import DataReport
 from qorpo.printable import printable
 from qorpo.reports.charts import Bars, Chart, png
 from qorpo.reports.page import Page, Part, Section, check_output, write_output

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qorpo.build import build_objective
-from qorpo.data.records import DataReport
+from qorpo.data.counts import DataReport
 from qorpo.errors import RunError
 from qorpo.objectives.base import Objective
 from qorpo.printable import printable

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from qorpo.data.records import DataReport
+from qorpo.data.counts import DataReport
 from qorpo.recipe import FIELDS
 from qorpo.recipe.values import shown
 from qorpo.reports.charts import Bars, Chart, Line

@@ -9,8 +9,8 @@ guesses. A mix without spread holds pairs of one length.
 import random
 from typing import NamedTuple
 
+from qorpo.data.counts import DataReport
 from qorpo.data.groups import Group, GroupLengths, TokenizedData
-from qorpo.data.records import DataReport
 
 MOST_TOKENS = 4000
 """Of a prompt or an answer."""

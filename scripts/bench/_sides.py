@@ -28,8 +28,8 @@ from _models import config_of, plain_tokenizer, random_model
 from _record import ExtraMemory
 from _training import LORA, Clock, longest_sequence, train
 
+from qorpo.data.counts import DataReport
 from qorpo.data.groups import Group, GroupLengths, TokenizedData
-from qorpo.data.records import DataReport
 from qorpo.model.load import load_model, load_tokenizer
 from qorpo.out_of_memory import is_out_of_memory
 from qorpo.planning.auto import cap_card

@@ -7,10 +7,11 @@ from helpers.tiny import CHAT_TEMPLATE, make_tokenizer
 
 from qorpo.data.chat_format import ChatFormat
 from qorpo.data.conversations import Layout
+from qorpo.data.counts import DataReport
 from qorpo.data.demonstrations import read_demonstration
 from qorpo.data.pack import pack_groups
 from qorpo.data.prepare import prepare_pairs
-from qorpo.data.records import BadRecord, DataReport, Demonstration
+from qorpo.data.records import BadRecord, Demonstration
 from qorpo.data.sources import load_pairs
 from qorpo.data.tokenize import Limits, tokenize_pairs
 from qorpo.errors import DataError

@@ -2,7 +2,8 @@
 
 import json
 
-from qorpo.data.records import DataReport, PairSet, PreferencePair
+from qorpo.data.counts import DataReport
+from qorpo.data.records import PairSet, PreferencePair
 
 
 def user(text):

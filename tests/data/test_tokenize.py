@@ -17,7 +17,8 @@ from tokenizers import (
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from qorpo.data.chat_format import BOS_TEMPLATE, PLAIN_TEMPLATE, ChatFormat
-from qorpo.data.records import DataReport, PairSet, PreferencePair
+from qorpo.data.counts import DataReport
+from qorpo.data.records import PairSet, PreferencePair
 from qorpo.data.sources import load_pairs
 from qorpo.data.tokenize import Limits, tokenize_pairs
 from qorpo.errors import DataError
