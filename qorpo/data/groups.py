@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from qorpo.data.counts import DataReport
+from qorpo.errors import DataError
 
 GroupLengths = tuple[int, ...]
 """Token counts of a group's parts: of its prompt, then of each response."""
