@@ -865,3 +865,10 @@ def test_wandb_with_a_key_or_offline_is_fine(no_wandb_key, monkeypatch, way):
 )
 def test_a_string_where_a_list_belongs_is_understood(override, key, value):
     assert dict(load_recipe(LEAST, [override]).values())[key] == value
+
+
+@pytest.mark.parametrize("name", ["pairs_per_step", "groups_per_step"])
+def test_a_step_of_no_pairs_is_refused_by_either_name(name):
+    recipe = {"model": {"path": "demo"}, "data": {"train": "demo"}, "output": "x", "train": {name: 0}}
+    with pytest.raises(RecipeError, match=rf"train\.{name}: got 0"):
+        load_recipe(recipe)

@@ -198,7 +198,9 @@ class TrainRecipe(Keys):
         if pairs is not None and groups is not None and groups != pairs:
             text = f"pairs_per_step ({shown(pairs)}) and groups_per_step ({groups}) are one key by two names"
             raise PydanticCustomError("section", "{text}; leave one out", {"text": text})
-        return groups or pairs or 32
+        if groups is not None:
+            return groups
+        return 32 if pairs is None else pairs  # 0 is refused after this
 
 
 class MemoryRecipe(Keys):
