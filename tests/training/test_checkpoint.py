@@ -399,11 +399,11 @@ def test_an_adapters_files_are_the_same_whatever_the_hash_seed(base, pairs_file,
     )
     found = []
     for seed in ("1", "2"):
-        output = tmp_path / seed
+        output = tmp_path / seed / "run"  # whose name the card says
         subprocess.run(
             [sys.executable, "-c", script, json.dumps(recipe), str(output)],
             env={**os.environ, "PYTHONHASHSEED": seed}, check=True, capture_output=True,
         )  # fmt: skip
         found.append({path.name: path.read_bytes() for path in files(output / "adapter")})
     assert found[0] == found[1]
-    assert check_checkpoint(tmp_path / "1" / "checkpoints" / "step-1")
+    assert check_checkpoint(tmp_path / "1" / "run" / "checkpoints" / "step-1")
