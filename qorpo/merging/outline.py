@@ -52,6 +52,11 @@ def make_plan(
     places = skeleton.places(stored)
     _check_base(base.folder, skeleton, places, stored)
     changes, vocabulary = _all_changes(base, trained, skeleton)
+    shared = skeleton.tied.keys() & changes.keys() - {*embedding_names(skeleton.model)}
+    if shared:  # of Zamba's layers, each of which has an adapter of its own
+        raise ModelError(
+            f"{base.folder}: several layers share {min(shared)}, so their adapters can't be merged; use the adapter as it is"
+        )
     tied = _tied_apart(skeleton, changes)
     to_quantize = _nf4_parameters(base) if onto == "dequantized" else {}
 

@@ -144,7 +144,12 @@ class Scorer(nn.Module):
 
 
 def logit_scale(config: Any) -> float:
-    """The factor a model puts on its logits: Cohere multiplies by `logit_scale`, Granite divides by `logits_scaling`."""
+    """The factor a model puts on its logits: Cohere multiplies by `logit_scale`, Granite divides by `logits_scaling`.
+
+    MiniCPM-3 divides too, but before its head.
+    """
+    if config.model_type == "minicpm3":
+        return 1.0
     return (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
 
 

@@ -35,16 +35,17 @@ TINY_VISION: dict[str, Any] = {
     "fullatt_block_indexes": [1], "deepstack_visual_indexes": [0, 1],
 }  # fmt: skip
 
+MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}  # of half a head's size
 MLA = {"num_key_value_heads": 4}
 OWN: dict[str, dict[str, Any]] = {
     "deepseek_v2": MLA | {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4}, "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2}},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4}, "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2}},
     "deepseek_v3": MLA, "glm4_moe_lite": MLA, "longcat_flash": MLA, "minicpm3": MLA, "youtu": MLA,
     "axk1": MLA, "qwen3_moe": {"mlp_only_layers": [0]}, "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "nemotron": {"num_key_value_heads": 2}, "granite": {"logits_scaling": 4.0}, "cohere": {"logit_scale": 0.25},
     "bamba": {"attn_layer_indices": [1, 3]}, "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+        "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "gemma2": {"final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0}, "llama": {"tie_word_embeddings": True},
     "llama4_text": {"attention_chunk_size": 8}, "gemma3n_text": {"intermediate_size": [48] * 4},
 }  # fmt: skip
@@ -83,7 +84,6 @@ NAMES = [
     "gemma3",
     "gemma3_text",
     "gemma3n_text",
-    "",
     "glm",
     "glm4",
     "glm4_moe",
@@ -100,7 +100,6 @@ NAMES = [
     "granitemoehybrid",
     "granitemoeshared",
     "helium",
-    "hunyuan_v1_dense",
     "internlm3",
     "internvl",
     "jamba",
@@ -117,7 +116,6 @@ NAMES = [
     "minicpm3",
     "minimax",
     "minimax_m2",
-    "ministral",
     "ministral3",
     "mistral",
     "mistral3",
@@ -155,7 +153,6 @@ NAMES = [
     "xglm",
     "youtu",
     "zamba",
-    "zamba2",
 ]
 
 
@@ -167,6 +164,8 @@ def tiny_config(name: str) -> PretrainedConfig:
     for part in getattr(kind, "sub_configs", None) or {}:
         if (inner := getattr(default, part, None)) is not None:
             keys[part] = _filled(inner, TINY if "text" in part else TINY_VISION)
+            if part == "text_config" and name in ("qwen2_vl", "qwen2_5_vl", "glm4v"):
+                keys[part]["rope_parameters"] = MROPE
     return kind(**keys | OWN.get(name, {}))
 
 
@@ -187,9 +186,6 @@ def _filled(default: PretrainedConfig, sizes: dict[str, Any]) -> dict[str, Any]:
     kinds = getattr(default, "layer_types", None)
     if sizes is TINY and kinds is not None and can_be_told("layer_types"):
         there["layer_types"] = (list(dict.fromkeys(kinds)) * 4)[:4]
-    rope = getattr(default, "rope_parameters", None) or {}
-    if sizes is TINY and "mrope_section" in rope:
-        there["rope_parameters"] = rope | {"mrope_section": [2, 1, 1]}  # of half a head's size
     return there
 
 

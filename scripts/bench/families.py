@@ -75,7 +75,7 @@ def measured(name: str, quantization: str) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             figures = _measured(name, quantization, Path(folder))
     except QorpoError as error:
-        return {"verdict": "refused", "why": str(error).split("\n")[0][:200]}
+        return {"verdict": "refused", "why": str(error).split("\n")[0].split("/base: ")[-1][:200]}
     except Exception as error:
         return {"verdict": "fault", "why": f"{type(error).__name__}: {error}".split("\n")[0][:200]}
     is_exact = (
@@ -83,10 +83,11 @@ def measured(name: str, quantization: str) -> dict[str, Any]:
         and figures["gradients"] < 1e-4
         and figures.get("merged", 0) < 1e-5
         and not figures["without_gradient"]
-        and abs(figures["planned"] - 1) < 0.02
+        and figures["planned"] > 0.98
     )
     shared = "separate" if figures["attention"] == "separate" else "shared"
-    return {"verdict": f"exact, {shared}" if is_exact else "wrong", **figures}
+    above = f", planned {figures['planned'] - 1:.0%} too high" if figures["planned"] > 1.02 else ""
+    return {"verdict": f"exact, {shared}{above}" if is_exact else "wrong", **figures}
 
 
 def _measured(name: str, quantization: str, folder: Path) -> dict[str, Any]:
@@ -134,8 +135,13 @@ def _measured(name: str, quantization: str, folder: Path) -> dict[str, Any]:
         pefts = attach_lora(plain, rank=4).eval()
         pefts.load_state_dict(trained, strict=False)
         with torch.no_grad():
-            expected = pefts.merge_and_unload()(IDS).logits
-            merged = type(model).from_pretrained(folder / "merged", dtype=torch.float32).eval()(IDS).logits
+            expected = pefts.merge_and_unload()(IDS, use_cache=False).logits
+            merged = (
+                type(model)
+                .from_pretrained(folder / "merged", dtype=torch.float32)
+                .eval()(IDS, use_cache=False)
+                .logits
+            )
         figures["merged"] = ((merged - expected).abs().max() / expected.abs().max()).item()
     return figures
 

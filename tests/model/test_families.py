@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "bench"))
 from families import measured, table
 
 SHARED = [
-    "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "olmo3", "smollm3", "glm4", "falcon", "granite",
+    "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "olmo3", "smollm3", "minicpm3", "falcon", "granite",
     "mixtral", "qwen3_moe", "deepseek_v3", "glm4_moe", "gpt_oss", "phimoe",
 ]  # fmt: skip
 SEPARATE = ["qwen3_next", "jamba"]
