@@ -123,6 +123,7 @@ def export(
     debug: Debug = False,
 ) -> None:
     """Write the model of a sharded checkpoint as a folder that transformers opens."""
+    quiet_bars_where_no_terminal()
     from qorpo.training.export import export_model
 
     say(f"model: {export_model(run, output, dtype=dtype, trust_remote_code=trust_remote_code)}")

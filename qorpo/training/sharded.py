@@ -4,8 +4,11 @@ Each rank writes its own shards, and any number of ranks reads them. DCP unpickl
 are no tensors, so code in them would run; here both are read by readers that know DCP's own classes alone.
 """
 
+import contextlib
 import io
 import pickle
+import warnings
+from collections.abc import Iterator
 from concurrent.futures import Future
 from enum import Enum
 from functools import cache
@@ -51,7 +54,8 @@ def save_shards(
         parameters, optimizer_state = get_state_dict(scorer, optimizer)
         content = {"model": parameters, "optimizer": optimizer_state}
     if not dist.is_initialized():
-        dcp.save(content, checkpoint_id=folder / SHARDS)
+        with _alone():
+            dcp.save(content, checkpoint_id=folder / SHARDS)
         return None
     writing = dcp.async_save(content, checkpoint_id=folder / SHARDS, process_group=_writers())
     assert isinstance(writing, Future)  # the default stager copies before it returns
@@ -114,10 +118,19 @@ def read_parameters(folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]
     return tensors
 
 
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Without DCP's warning that one process is one process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        yield
+
+
 def _load(content: dict[str, Any], reader: "_Reader", **options: Any) -> None:
     reader.read_metadata()  # what is wrong with it DCP would log with a traceback, and go on
     try:
-        dcp.load(content, storage_reader=reader, planner=_Planner(reader.path), **options)
+        with _alone():
+            dcp.load(content, storage_reader=reader, planner=_Planner(reader.path), **options)
     except CheckpointException as error:  # an error of each rank
         raise next(iter(error.failures.values()))[0] from error
 

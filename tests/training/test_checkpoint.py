@@ -374,6 +374,16 @@ def test_an_export_trusts_a_models_code_only_where_it_is_said_again(finished, tm
     assert code == 0, err
 
 
+def test_an_export_says_where_the_model_is_and_nothing_else(finished, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "qorpo", "export", finished / "full", "--output", tmp_path / "model"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert (done.stdout, done.stderr) == (f"model: {tmp_path / 'model'}\n", "")
+
+
 def test_what_a_killed_export_left_is_swept_by_the_next(finished, tmp_path):
     left = tmp_path / ".model.qorpo-unfinished"
     left.mkdir()
