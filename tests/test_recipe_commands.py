@@ -18,6 +18,13 @@ MIGRATING = Path(__file__).parents[1] / ".github" / "docs" / "migrating.md"
 # --- init ---
 
 
+def test_init_evaluates_the_demo_on_pairs_it_does_not_train_on(command, tmp_path):
+    code, _, err = command("init", tmp_path / "demo.yaml", "--model", "demo", "--output", "runs/demo")
+    assert code == 0, err
+    data = load_recipe(tmp_path / "demo.yaml").data
+    assert (data.train, data.eval) == (("demo",), ("demo:eval",))
+
+
 def test_init_writes_a_commented_recipe_that_loads(command, tmp_path):
     path = tmp_path / "mine.yaml"
     arguments = [

@@ -39,7 +39,7 @@ def init(
     train = asked(
         train, "training pairs (a file, a folder, or a hub id)", "demo" if model == "demo" else "pairs.jsonl"
     )
-    eval = asked(eval, "held-out pairs (a file, or a fraction)", "demo" if train == "demo" else "0.02")
+    eval = asked(eval, "held-out pairs (a file, or a fraction)", "demo:eval" if train == "demo" else "0.02")
     output = asked(output, "run folder", f"runs/{recipe.stem}")
     text = commented_recipe(model, train, eval, output, full=full)
     load_recipe(yaml.safe_load(text))  # says what is wrong with what was given
