@@ -241,7 +241,7 @@ train: {lerning_rate: 1e-4}
         "  model.path: missing; give the base model: a local folder, a hub id, or demo (qorpo's own tiny one)",
         "  model.quantization: got 'int8'; expected nf4, none or auto",
         "  lora.rank: got 'y'; expected a whole number of at least 1",
-        "  data.train: missing; give pairs (for sft also rows of one answer) to train on: a file, folder, hub id, demo, or a list of these",
+        "  data.train: missing; give pairs (for sft and kto also rows of one answer) to train on: a file, folder, hub id, demo, or a list of these",
         "  data: max_prompt_length (512) must be less than max_length (512); lower it or raise max_length",
         "  data.on_bad_record: got 'maybe'; expected fail or skip",
         "  train.log_every: got 0; expected a whole number of at least 1",
@@ -788,16 +788,47 @@ def test_full_tuning_cannot_have_4_bits():
         resolve(load_recipe(LEAST, ["tuning=full", "model.quantization=nf4"]), device_type="cuda")
 
 
-PAPERS = [path for path in CONFIGS if path.name.startswith(("opt-", "phi-2", "llama-2", "mistral-7b-alpha"))]
+PAPERS = [
+    path
+    for path in CONFIGS
+    if path.name.startswith(
+        ("opt-", "phi-2", "llama-2", "mistral-7b-alpha", "mistral-7b-sft", "mistral-7b-dpo")
+    )
+]
+BASELINES = [path for path in PAPERS if path.stem.endswith("-dpo")]
+
+
+def test_every_model_of_the_paper_has_its_baselines():
+    assert len(PAPERS) == 9 + 1 + 2 * 9  # nine by ORPO, of which α also for A100s; nine by SFT and by DPO
+    assert len(BASELINES) == 9
 
 
 @pytest.mark.parametrize("path", PAPERS, ids=lambda path: path.name)
-def test_a_recipe_of_the_papers_models_trains_all_parameters_at_the_papers_rate(path):
+def test_a_recipe_of_the_papers_models_trains_all_parameters_as_the_paper_did(path):
+    name = path.stem[-3:] if path.stem.endswith(("-sft", "-dpo")) else "orpo"
+    rate, epochs = {"orpo": (8e-6, 10), "sft": (1e-5, 1), "dpo": (5e-6, 3)}[name]
     full = resolve(load_recipe(path, ["tuning=full"]), device_type="cuda", installed=lambda module: True)
-    assert full.train.learning_rate == 8e-6
+    assert full.objective.name == name
+    assert (full.train.learning_rate, full.train.epochs) == (rate, epochs)
     assert full.model.quantization == "none"
     lora = resolve(load_recipe(path), device_type="cuda", installed=lambda module: True)
-    assert lora.train.learning_rate == 1e-4
+    assert (lora.train.learning_rate, lora.train.epochs) == (1e-4, 1)
+
+
+@pytest.mark.parametrize("path", BASELINES, ids=lambda path: path.name)
+def test_baselines_have_the_model_and_data_of_orpos_recipe_and_dpo_goes_on_from_sft(path):
+    stem = path.stem.removesuffix("-dpo")
+    dpo, sft = load_recipe(path), load_recipe(path.with_name(f"{stem}-sft.yaml"))
+    orpo = load_recipe(path.with_name({"mistral-7b": "mistral-7b-alpha"}.get(stem, stem) + ".yaml"))
+    assert dpo.model == sft.model == orpo.model
+    assert dpo.data == sft.data == orpo.data
+    assert dpo.objective.beta == 0.1
+    assert dpo.output != sft.output
+    head = path.read_text(encoding="utf-8").split("\nmodel:")[0]
+    assert f"configs/{stem}-sft.yaml\n" in head
+    assert f"configs/{path.name} model.adapter={sft.output}\n" in head
+    assert f"configs/{stem}-sft.yaml --full output={sft.output}-full\n" in head
+    assert f"configs/{path.name} --full model.path={sft.output}-full/model " in head
 
 
 # --- what a tracker needs ---

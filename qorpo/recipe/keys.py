@@ -155,11 +155,11 @@ class TrainRecipe(Keys):
     pairs_per_step: Count = key(None, "Preference pairs to one optimizer step, over all GPUs; null: 32.")
     learning_rate: AutoPositive = key(
         "auto",
-        "The highest learning rate, at the end of warm-up; auto: 1e-4, or the paper's 8e-6 for full (sft 1e-5).",
+        "The highest learning rate, at the end of warm-up; auto: 1e-4, or the paper's for full: 8e-6, sft 1e-5, dpo 5e-6.",
     )
     epochs: AutoPositive = key(
         "auto",
-        "Passes over the training pairs; auto: 1, or the paper's 10 for full (sft 1). Fractions are fine.",
+        "Passes over the training pairs; auto: 1, or the paper's for full: 10, sft 1, dpo 3. Fractions are fine.",
     )
     max_steps: Count | None = key(None, "Optimizer steps to take; where given, it wins over epochs.")
     warmup_ratio: BelowOne = key(

@@ -14,6 +14,7 @@ from helpers.published import PUBLISHED, published_config
 from transformers import LlamaConfig
 
 import qorpo
+from qorpo.build import build_objective
 from qorpo.errors import ModelError, RecipeError
 from qorpo.planning.counter import MemorySettings, StepCounter, group_of
 from qorpo.planning.plan import budget_of, read_budgets
@@ -37,6 +38,7 @@ CARDS_GIB = {
     "opt-125m-ultrafeedback.yaml": 8, "opt-350m-hh-rlhf.yaml": 8, "opt-350m-ultrafeedback.yaml": 8, "phi-2.yaml": 8,
     "qlora-24gb.yaml": 24, "qwen2.5-14b-24gb.yaml": 24, "qwen2.5-32b-24gb.yaml": 24, "qwen3-30b-a3b-24gb.yaml": 24,
     "mistral-7b-alpha-a100.yaml": 24, "mistral-7b-beta-a100.yaml": 24,
+    **{name: 8 if name.startswith(("opt", "phi")) else 12 for name in CONFIGS if name.endswith(("-sft.yaml", "-dpo.yaml"))},
 }  # fmt: skip
 FULL = ["mistral-7b-alpha-a100.yaml", "mistral-7b-beta-a100.yaml"]
 A100_GIB = 39.4  # of what is sold as 40 GB
@@ -48,7 +50,9 @@ def recipe_of(path, *overrides: str):
 
 
 def counter_of(name: str, max_length: int, recipe=None, ranks: int = 1) -> StepCounter:
-    longest, recipe = group_of(2 * max_length - 1, 2), recipe or recipe_of(name)
+    recipe = recipe or recipe_of(name)
+    responses = build_objective(recipe.objective).responses
+    longest = group_of(1 + responses * (max_length - 1), responses)
     return StepCounter(published_config(name), recipe, longest=longest, on_cuda=True, ranks=ranks)
 
 
