@@ -297,7 +297,7 @@ def test_an_unknown_key_near_nothing_comes_with_its_sections_keys():
         ("lora.rank=true", "got true; expected a whole number of at least 1"),
         ("lora.rank=", "got null; expected a whole number of at least 1"),
         ("lora.dropout=1", "got 1; expected a number from 0 to below 1"),
-        ("lora.targets=[]", "got []; expected all-linear, or a list of module names"),
+        ("lora.targets=[]", "got []; expected all-linear, all-linear+experts, or a list of module names"),
         ("lora.modules_to_save=[1]", "got [1]; expected a list of module names"),
         ("objective.lambda=-0.1", "got -0.1; expected a number of at least 0"),
         ("objective.lambda=true", "got true; expected a number of at least 0"),
