@@ -1,14 +1,12 @@
 """A run, an adapter, a merged folder or any model, opened to answer: model, tokenizer, and the tokens to stop at."""
 
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from qorpo.build import with_remote_code
@@ -21,6 +19,7 @@ from qorpo.merging.output import tokenizer_folder
 from qorpo.merging.source import Base, Trained, find_base, find_trained
 from qorpo.merging.verify import with_adapters
 from qorpo.model.load import load_model, load_tokenizer, read_chat_template
+from qorpo.model.mixed_precision import compute_in_float32
 from qorpo.out_of_memory import advised
 from qorpo.recipe import load_recipe
 
@@ -63,7 +62,7 @@ class Opened:
                 trust_remote_code=self.trust_remote_code, allow_pickle=self.allow_pickle,
             )  # fmt: skip
             if self.dtype == "float32" or (self.dtype == "auto" and device.type == "cpu"):
-                _compute_in_float32(model)
+                compute_in_float32(model)
             if self.trained is not None:
                 model = with_adapters(model, [self.trained.adapter])
         stops, pad = stop_tokens(model, self.chat), self.chat.tokenizer.pad_token_id
@@ -172,14 +171,6 @@ def load(
         allow_pickle=allow_pickle, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     return opened.model(device), opened.chat.tokenizer
-
-
-def _compute_in_float32(model: nn.Module) -> None:
-    """Keeps every weight's value; 4-bit layers stay in 4 bits."""
-    nn.Module.float(model)  # transformers' own refuses quantized models
-    for module in cast(Iterable[Any], model.modules()):
-        if hasattr(module, "compute_dtype"):  # bitsandbytes' layers
-            module.compute_dtype = torch.float32
 
 
 def stop_tokens(model: Any, chat: ChatFormat) -> list[int]:

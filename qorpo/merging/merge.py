@@ -188,6 +188,11 @@ class _Merge:
     plan: Plan
     record: Mapping[str, Any]
 
+    @property
+    def is_float32(self) -> bool:
+        """Whether it is asked for in float32, and so compared in it."""
+        return bool(self.record["dtype"] == "float32")
+
     def result(self, output: Path | None, verification: Verification | None) -> MergeResult:
         return MergeResult(output, self.onto, self.plan.changed, self.plan.total_bytes, verification)
 
@@ -241,7 +246,9 @@ class _Merge:
                 raise DataError("the run has no evaluation pairs; give some with --verify")
             config = self.base.config.get_text_config()
             parameters = sum(prod(tensor.shape) for shard in self.plan.shards for tensor in shard.tensors)
-            needed = memory_needed(parameters, config.vocab_size, config.hidden_size, pairs)
+            needed = memory_needed(
+                parameters, config.vocab_size, config.hidden_size, pairs, in_float32=self.is_float32
+            )
             free = memory_free(computing_device())
             if needed > free:
                 raise RunError(f"verifying needs about {gib(needed)} of memory, and {gib(free)} are free")
@@ -263,6 +270,7 @@ class _Merge:
             verification = verify_merged(
                 output, self.base, [each.adapter for each in self.trained], pairs,
                 references=references, objective=_compared_by(recipe), device=computing_device(),
+                in_float32=self.is_float32,
             )  # fmt: skip
             write_verification(output, self.record, verification.as_dict())
         return verification

@@ -25,6 +25,7 @@ from qorpo.merging.adapter import Adapter
 from qorpo.merging.source import Base
 from qorpo.model.adapters import compute_in_base_type, output_head
 from qorpo.model.load import load_model, load_tokenizer
+from qorpo.model.mixed_precision import compute_in_float32
 from qorpo.model.scoring import Scorer, logit_scale, logit_softcap
 from qorpo.model.selfcheck import make_scorer
 from qorpo.model.targets import targets_as_given
@@ -124,12 +125,15 @@ def evaluation_pairs(
     return list(held_out.groups) if held_out else []
 
 
-def memory_needed(parameters: int, vocabulary: int, hidden: int, pairs: Sequence[Group]) -> int:
-    """Bytes that verifying takes: a model in bfloat16, two heads in float32, hidden states, and room to work."""
+def memory_needed(
+    parameters: int, vocabulary: int, hidden: int, pairs: Sequence[Group], *, in_float32: bool = False
+) -> int:
+    """Bytes that verifying takes: a model in bfloat16 or float32, two heads in float32, hidden states, and room to work."""
     scored = sum(map(row_tokens, pairs))  # the prompts too, where the run's NLL is over them
     heads = 2 * 4 * vocabulary * hidden
     working = 6 * 4 * CHUNK_TOKENS * vocabulary + (1 << 30)
-    return 2 * parameters + heads + 2 * scored * hidden + working
+    size = 4 if in_float32 else 2
+    return size * parameters + heads + size * scored * hidden + working
 
 
 def memory_free(device: torch.device) -> int:
@@ -147,10 +151,12 @@ def verify_merged(
     references: Sequence[str],
     objective: Objective,
     device: torch.device,
+    in_float32: bool = False,
 ) -> Verification:
     """Score pairs by the merged model and by the adapters on their base, in training's arithmetic (bfloat16).
 
     Args:
+        in_float32: compute in float32, as a model merged to that type is for: bfloat16 would drop what it holds.
         references: the base's quantization (none or nf4), each a comparison; the first is judged.
     """
     options: dict[str, Any] = {
@@ -158,10 +164,14 @@ def verify_merged(
         "trust_remote_code": base.trust_remote_code,
         "allow_pickle": True,
     }
-    scores = _Scores.of(load_model(str(merged), quantization="none", **options), pairs, objective)
+    dtype = torch.float32 if in_float32 else torch.bfloat16
+    model = load_model(str(merged), quantization="none", dtype=dtype, **options)
+    scores = _Scores.of(model, pairs, objective)
     comparisons = []
     for quantization in references:
         model = load_model(str(base.folder), quantization=quantization, **options)
+        if in_float32:
+            compute_in_float32(model)
         reference = _Scores.of(with_adapters(model, adapters), pairs, objective)
         del model
         name = "adapter on the NF4 base" if quantization == "nf4" else "adapter on the original base"

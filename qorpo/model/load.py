@@ -83,13 +83,14 @@ def load_model(
     *,
     revision: str | None = None,
     quantization: str = "nf4",
+    dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     empty: bool = False,
     to_be_sharded: bool = False,
 ) -> PreTrainedModel:
-    """A causal language model in bfloat16, its linear layers in NF4 with double quantization if so asked.
+    """A causal language model in `dtype`, its linear layers in NF4 with double quantization if so asked.
 
     The output head, embeddings and norms keep their own type; only linear layers inside the trunk are quantized.
 
@@ -107,9 +108,7 @@ def load_model(
     config = load_config(path, revision=revision, trust_remote_code=trust_remote_code)
     if empty:
         with no_init_weights():
-            return auto_class(config).from_config(
-                config, dtype=torch.bfloat16, trust_remote_code=trust_remote_code
-            )
+            return auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     source = model_source(path)
     if Path(source).is_dir():
         check_weights_there(Path(source), allow_pickle)
@@ -130,7 +129,7 @@ def load_model(
             _without_load_report(),
         ):
             loaded: Any = auto_class(config).from_pretrained(
-                source, config=config, dtype=torch.bfloat16, device_map={"": torch.device(device)},
+                source, config=config, dtype=dtype, device_map={"": torch.device(device)},
                 output_loading_info=True, ignore_mismatched_sizes=True, **options,
             )  # fmt: skip
     except (pickle.UnpicklingError, EOFError) as error:  # torch's own words advise to run what is inside

@@ -1,8 +1,8 @@
 """Parameters kept in float32, computed in the base's own type: a bfloat16 weight would lose small updates."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -60,3 +60,11 @@ def computed_in(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
     finally:
         for module, name, parameter in replaced:
             module._parameters[name] = parameter
+
+
+def compute_in_float32(model: nn.Module) -> None:
+    """Make a model compute in float32. Every weight keeps its value; 4-bit layers stay in 4 bits."""
+    nn.Module.float(model)  # transformers' own refuses quantized models
+    for module in cast(Iterable[Any], model.modules()):
+        if hasattr(module, "compute_dtype"):  # bitsandbytes' layers
+            module.compute_dtype = torch.float32

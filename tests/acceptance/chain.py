@@ -45,7 +45,7 @@ class Row:
     dropped: dict[str, int] = field(default_factory=dict)
     noted: dict[str, int] = field(default_factory=dict)
     cut: dict[str, int] = field(default_factory=dict)
-    verify: bool = True  # the merged model by qorpo, in bfloat16; else by PEFT, in float32
+    merge_dtype: str | None = None  # that the merged model is written and verified in; None: the base's
     leaked: int = 0  # evaluation prompts that are in train as well
 
     def write_recipe(self, folder: Path) -> Path:
@@ -77,13 +77,11 @@ def adapters(row: Row, folder: Path) -> None:
     train_killed_and_resumed(recipe, run)
     check_run(row, run, data)
     check_report(run, data)
-    if row.verify:
-        qorpo("merge", run, "--output", merged)
-        verification = read_json(merged / "verification.json")
-        assert verification["verdict"] == "pass"
-        assert verification["pairs"] == data["eval"]["kept"]
-    else:
-        qorpo("merge", run, "--output", merged, "--dtype", "float32", "--no-verify")
+    qorpo("merge", run, "--output", merged, *(["--dtype", row.merge_dtype] if row.merge_dtype else []))
+    verification = read_json(merged / "verification.json")
+    assert verification["verdict"] == "pass"
+    assert verification["pairs"] == data["eval"]["kept"]
+    if row.merge_dtype == "float32":
         check_same_as_adapter(Path(row.model["path"]), run / "adapter", merged)
     check_opens(merged)
 

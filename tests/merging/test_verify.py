@@ -101,6 +101,18 @@ def real(tmp_path_factory):
     return base, adapter, write_records(folder / "pairs.jsonl", preference_records()[:12])
 
 
+def test_a_merge_in_float32_is_verified_in_float32(real, tmp_path):
+    """What bfloat16 rounds away is no difference there."""
+    _, adapter, pairs = real
+    found = {
+        dtype: qorpo.merge(adapter, tmp_path / dtype, dtype=dtype, verify=pairs).verification.comparisons[0]
+        for dtype in ("float32", "bfloat16")
+    }
+    assert abs(found["float32"].figures["kl_mean"]) < 1e-8
+    assert abs(found["float32"].figures["nll"]) < 1e-6
+    assert found["bfloat16"].figures["kl_mean"] > 1e-7
+
+
 def test_a_merge_is_verified_by_given_pairs(real, tmp_path):
     _, adapter, pairs = real
     result = qorpo.merge(adapter, tmp_path / "model", verify=pairs)
