@@ -89,7 +89,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise DataError(
             f"{path}: can't be read ({reason}); give a judge's annotations as a JSON list"
         ) from error
