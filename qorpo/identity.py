@@ -52,9 +52,10 @@ def run_identity(
     """
     data = {name: _files_of(pairs) for name, pairs in (("train", train), ("eval", eval))}
     adapter = recipe.model.adapter
+    began_from = {"adapter": _fingerprint(find_adapter(adapter) / WEIGHTS)} if adapter else {}
     return {
         "recipe": recipe_identity(recipe),
-        "adapter": _fingerprint(find_adapter(adapter) / WEIGHTS) if adapter else None,
+        **began_from,
         "base": base_identity(recipe.model.path, recipe.model.revision),
         **chat_identity(chat),
         "data": data,

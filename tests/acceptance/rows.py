@@ -205,5 +205,7 @@ AFTER_SFT = [
     replace(DEMO, name="orpo after sft", changes={"learning_rate": 1e-3}),
     replace(DEMO, name="dpo after sft", objective={"name": "dpo"}, changes={"learning_rate": 1e-3}),
 ]
-ROWS = [pytest.param(row, id=row.name) for row in COMMITTED]
+# What LoRA itself offers means nothing under --full, and is no row that each change must pass.
+ROWS = [pytest.param(row, id=row.name, marks=[pytest.mark.slow] * bool(row.lora)) for row in COMMITTED]
 ROWS += [pytest.param(row, id=row.name, marks=needs_shared) for row in ON_SHARED]
+ROWS_FOR_FULL = [row for row in ROWS if not row.values[0].lora]

@@ -12,6 +12,7 @@ def test_adapters(row: Row, tmp_path: Path):
     adapters(row, tmp_path)
 
 
+@pytest.mark.slow  # twice the main job
 @pytest.mark.parametrize("row", AFTER_SFT)
 def test_adapters_after_sft(row: Row, tmp_path: Path):
     after_sft(row, tmp_path)

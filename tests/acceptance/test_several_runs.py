@@ -9,6 +9,8 @@ import time
 import pytest
 from chain import FILES, Row, qorpo, read_json
 
+pytestmark = pytest.mark.slow
+
 ROW = Row(
     "a sweep",
     FILES / "every_reason.jsonl",

@@ -334,7 +334,7 @@ def test_the_command_says_one_thing_and_ends_with_2(both, command, tmp_path):
 def test_the_command_prints_where_the_model_is(both, command, tmp_path):
     code, out, err = command("merge", both[1], "--output", tmp_path / "model", "--dtype", "float32")
     assert code == 0, err
-    assert out == f"merged: {tmp_path / 'model'}\n"
+    assert out.startswith(f"merged: {tmp_path / 'model'}\n\nnext:\n  qorpo chat {tmp_path / 'model'}")
     assert "Traceback" not in err
     code, out, err = command("merge", both[1], "--check-only")
     assert (code, out) == (0, "nothing written; 21 tensors would change\n")

@@ -18,6 +18,7 @@ from helpers.tiny import changed, preference_records, read_metrics, short_recipe
 
 from qorpo import train
 from qorpo.errors import Interrupted
+from qorpo.reports.write import write_report
 from qorpo.training.progress import Progress
 from qorpo.training.signals import StopSignals
 
@@ -80,8 +81,9 @@ def stopped(stopped_at_8, resumable, tmp_path):
 
 @pytest.fixture
 def finished(reference, resumable, tmp_path):
-    """A run that came to its end."""
+    """A run that came to its end; its page names its folder."""
     shutil.copytree(reference, tmp_path / "run")
+    write_report([tmp_path / "run"])
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(at(resumable, tmp_path / "run")))
     return tmp_path / "run"
 
