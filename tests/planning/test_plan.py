@@ -38,7 +38,7 @@ CARDS_GIB = {
     "opt-125m-ultrafeedback.yaml": 8, "opt-350m-hh-rlhf.yaml": 8, "opt-350m-ultrafeedback.yaml": 8, "phi-2.yaml": 8,
     "qlora-24gb.yaml": 24, "qwen2.5-14b-24gb.yaml": 24, "qwen2.5-32b-24gb.yaml": 24, "qwen3-30b-a3b-24gb.yaml": 24,
     "mistral-7b-alpha-a100.yaml": 24, "mistral-7b-beta-a100.yaml": 24,
-    **{name: 8 if name.startswith(("opt", "phi")) else 12 for name in CONFIGS if name.endswith(("-sft.yaml", "-dpo.yaml"))},
+    **{name: 8 if name.startswith(("opt", "phi")) else 12 for name in CONFIGS if name.endswith(("-sft.yaml", "-dpo.yaml")) and name != "demo-sft.yaml"},
 }  # fmt: skip
 FULL = ["mistral-7b-alpha-a100.yaml", "mistral-7b-beta-a100.yaml"]
 A100_GIB = 39.4  # of what is sold as 40 GB

@@ -153,6 +153,7 @@ def test_every_reason_is_explained():
 
 def test_the_place_of_a_row_is_whole_on_a_narrow_terminal(command, recipe, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("TERM", "xterm")  # a dumb terminal has 80 columns, whatever it says
     name = "a-long-name-" * 12 + "[bold].jsonl"
     moved = (tmp_path / "pairs.jsonl").rename(tmp_path / name)
     code, out, err = command("data", recipe, f"data.train='{moved}'", "--show", "1")

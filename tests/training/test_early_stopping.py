@@ -46,7 +46,7 @@ def result_of(output):
 
 
 def test_it_ends_after_so_many_evaluations_and_says_why(recipe, caplog):
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, logger="qorpo")
     result = train(recipe)
     assert evaluated(result.output) == [0, 2, 4, 6, 8]
     assert (result.steps, result.best_step) == (8, 4)
