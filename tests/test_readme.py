@@ -108,12 +108,8 @@ def test_the_commands_run(workplace):
     assert (workplace / "comparison.html").exists()
     assert (workplace / "runs/lambdas/report.html").exists()
 
-    first, *others = commands("qorpo merge")
-    for line in (first, "rm -r models/mine", *others):
-        words = shlex.split(line)
-        if words[0] == "qorpo":
-            words[:1] = [sys.executable, "-m", "qorpo"]
-        done = run(words, workplace)
+    for line in commands("qorpo merge"):
+        done = run([sys.executable, "-m", "qorpo", *shlex.split(line)[1:]], workplace)
         assert done.returncode == 0, done.stderr
     assert (workplace / "models/mine/model.safetensors").exists()
 
@@ -123,7 +119,7 @@ def test_the_commands_run(workplace):
         )
         assert done.returncode == 0, done.stderr
     assert len((workplace / "samples.jsonl").read_text(encoding="utf-8").splitlines()) == 4
-    asking = next(block for block in blocks("python") if "qorpo.load" in block)
+    asking = next(block for block in blocks("python") if "qorpo.load(" in block)
     done = run([sys.executable, "-c", asking], workplace)
     assert done.returncode == 0, done.stderr
 
@@ -167,7 +163,7 @@ def test_the_plan_commands_run(workplace, command, monkeypatch):
 
 @pytest.mark.slow
 def test_the_python_examples_run(workplace):
-    from_recipe, from_parts = (block for block in blocks("python") if "qorpo.load" not in block)
+    from_recipe, from_parts = (block for block in blocks("python") if "qorpo.load(" not in block)
     from_recipe = from_recipe.replace('["output=', json.dumps(QUICK)[:-1] + ', "output=')
     from_parts = from_parts.replace(
         '"output": "runs/parts"', '"output": "runs/parts", "train": {"max_steps": 2, "pairs_per_step": 2}'
