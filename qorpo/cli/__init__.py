@@ -20,10 +20,10 @@ from qorpo.cli.common import (
     RecipePath,
     RemoteCode,
     app,
-    log_to,
     print_traceback,
     print_warning,
     printable_record,
+    progress_console,
     quiet_bars_where_no_terminal,
     say,
 )
@@ -73,9 +73,7 @@ def train(
     """Train on preference pairs, and leave a folder that explains the run."""
     from qorpo.training.progress import ConsoleProgress
 
-    console = Console(stderr=True)
-    log_to(console)
-    quiet_bars_where_no_terminal()
+    console = progress_console()
     # Imported here: torch and transformers take seconds that --help should not.
     from qorpo.recipe import load_recipe
     from qorpo.training.run import train as run
@@ -141,8 +139,7 @@ def push(
     debug: Debug = False,
 ) -> None:
     """Upload an adapter or a model with its card to the Hugging Face hub, privately by default."""
-    log_to(Console(stderr=True), logging.WARNING)
-    quiet_bars_where_no_terminal()
+    progress_console(logging.WARNING)
     from qorpo.training.push import push as run
 
     say(f"pushed: {run(path, repo, public=public)} ({'public' if public else 'private'})")
@@ -160,8 +157,7 @@ def data(
     debug: Debug = False,
 ) -> None:
     """Say what a recipe's data holds: kept, dropped and why, lengths, and pairs as the model sees them."""
-    log_to(Console(stderr=True), logging.WARNING)
-    quiet_bars_where_no_terminal()
+    progress_console(logging.WARNING)
     from qorpo.build import build_objective, chat_format_of, load_data
     from qorpo.data.inspect import as_dict, show_groups
     from qorpo.recipe import load_recipe
@@ -224,9 +220,7 @@ def merge(
     debug: Debug = False,
 ) -> None:
     """Merge a run's adapter into its base, tensor by tensor, and verify the result."""
-    console = Console(stderr=True)
-    log_to(console)
-    quiet_bars_where_no_terminal()
+    console = progress_console()
     from qorpo.merging.bytes_written import bytes_written
     from qorpo.merging.merge import merge as run
 

@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from qorpo.cli.common import Debug, RemoteCode, app, log_to, quiet_bars_where_no_terminal, say
+from qorpo.cli.common import Debug, RemoteCode, app, progress_console, say
 from qorpo.errors import DataError
 from qorpo.printable import printable
 
@@ -69,9 +69,7 @@ def generate(
     debug: Debug = False,
 ) -> None:
     """Answer a file of prompts, each as a benchmark or a person asks it."""
-    console = Console(stderr=True)
-    log_to(console)
-    quiet_bars_where_no_terminal()
+    console = progress_console()
     from qorpo.generation.answers_file import part_of
     from qorpo.generation.generate import generate as run
     from qorpo.generation.progress import answers_made
@@ -126,8 +124,7 @@ def chat(
 ) -> None:
     """Talk to a model; /reset begins anew, /quit ends. Questions may also come through a pipe, a line each."""
     console = Console()
-    log_to(Console(stderr=True), logging.WARNING)
-    quiet_bars_where_no_terminal()
+    progress_console(logging.WARNING)
     from qorpo.generation.chat import open_speakers
     from qorpo.generation.generate import Settings
 

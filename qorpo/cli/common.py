@@ -71,6 +71,14 @@ def log_to(console: Console, level: int = logging.INFO) -> None:
     logging.getLogger("qorpo").setLevel(level)
 
 
+def progress_console(level: int = logging.INFO) -> Console:
+    """stderr's console, with qorpo's log lines on it, and no library's bars where it is no terminal."""
+    console = Console(stderr=True)
+    log_to(console, level)
+    quiet_bars_where_no_terminal()
+    return console
+
+
 def quiet_bars_where_no_terminal() -> None:
     """The libraries' bars redraw their line, which is noise in a file."""
     if sys.stderr.isatty():

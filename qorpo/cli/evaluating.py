@@ -4,10 +4,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from qorpo.cli.answering import AllowPickle, Base, Dtype, Model, Quantization, Revision, Seed
-from qorpo.cli.common import Debug, RemoteCode, app, log_to, quiet_bars_where_no_terminal, say
+from qorpo.cli.common import Debug, RemoteCode, app, progress_console, say
 
 
 @app.command()
@@ -49,9 +48,7 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Evaluate a model: held-out pairs, instructions followed, benchmarks' tasks, how alike its answers are."""
-    console = Console(stderr=True)
-    log_to(console)
-    quiet_bars_where_no_terminal()
+    console = progress_console()
     from qorpo.evaluation.diversity import ENCODER
     from qorpo.evaluation.evaluate import evaluate as run
     from qorpo.generation.progress import answers_made

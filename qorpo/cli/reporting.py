@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from qorpo.cli.common import Debug, RecipePath, app, log_to, quiet_bars_where_no_terminal, say
+from qorpo.cli.common import Debug, RecipePath, app, log_to, progress_console, say
 from qorpo.errors import Interrupted
 
 
@@ -46,9 +46,7 @@ def sweep(
     debug: Debug = False,
 ) -> None:
     """Train once for each of several values, in turn, and compare the runs. Started again, it goes on where it was."""
-    console = Console(stderr=True)
-    log_to(console)
-    quiet_bars_where_no_terminal()
+    console = progress_console()
     from qorpo.training.progress import ConsoleProgress
     from qorpo.training.sweep import sweep as run
 
