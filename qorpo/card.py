@@ -11,6 +11,7 @@ import yaml
 from huggingface_hub import try_to_load_from_cache
 
 from qorpo.data.counts import DataReport
+from qorpo.errors import QorpoError
 from qorpo.model.load import model_source
 from qorpo.recipe import Recipe
 from qorpo.storage import read_note
@@ -145,7 +146,7 @@ def licence(base: str, revision: str | None = None) -> str | None:
             path = try_to_load_from_cache(source, "README.md", revision=revision)
         text = Path(path).read_text(encoding="utf-8")
         front = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else None
-    except Exception:  # whatever a base's card holds, it is no reason to end a run
+    except (OSError, ValueError, TypeError, IndexError, yaml.YAMLError, QorpoError):  # no card, or an odd one
         return None
     found = front.get("license") if isinstance(front, dict) else None
     return found if isinstance(found, str) else None

@@ -24,6 +24,18 @@ class Interval:
     low: float | None = None
     high: float | None = None
 
+    @property
+    def ends(self) -> tuple[float, float] | None:
+        return None if self.low is None or self.high is None else (self.low, self.high)
+
+    @property
+    def is_above_zero(self) -> bool:
+        return self.low is not None and self.low > 0
+
+    @property
+    def is_below_zero(self) -> bool:
+        return self.high is not None and self.high < 0
+
 
 def mean_interval(
     values_P: ArrayLike, prompts_P: Sequence[Hashable] | None = None, *, seed: int = 0, level: float = LEVEL

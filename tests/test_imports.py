@@ -26,6 +26,7 @@ HEIGHTS = {
     "printable": 0,
     "version": 0,
     "failed_write": 0,
+    "intervals": 0,
     "out_of_memory": 1,
     "storage": 1,
     "recipe": 1,

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from qorpo.evaluation import intervals
-from qorpo.evaluation.intervals import by_prompt, mean_interval, resampled_means
+from qorpo import intervals
+from qorpo.intervals import by_prompt, mean_interval, resampled_means
 
 
 def slow_means(values, prompts, seed, resamples):

@@ -3,6 +3,7 @@
 Legend: P groups, N responses of each.
 """
 
+from abc import abstractmethod
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from typing import overload
@@ -30,8 +31,8 @@ class _Made(Sequence[Group]):
             return [self.made(place) for place in range(*index.indices(len(self)))]
         return self.made(range(len(self))[index])
 
-    def made(self, place: int) -> Group:
-        raise NotImplementedError  # each class's own
+    @abstractmethod
+    def made(self, place: int) -> Group: ...
 
 
 class WithReference(_Made):

@@ -14,8 +14,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from qorpo.errors import ModelError
 from qorpo.evaluation.extra import needed
-from qorpo.evaluation.intervals import Interval, mean_interval
 from qorpo.evaluation.results import Figure
+from qorpo.intervals import Interval, mean_interval
 
 ENCODER = "sentence-transformers/all-mpnet-base-v2"
 EQUATION = (

@@ -10,8 +10,8 @@ from typing import Any
 
 from qorpo.errors import DataError
 from qorpo.evaluation.extra import needed
-from qorpo.evaluation.intervals import Interval
 from qorpo.evaluation.results import Figure
+from qorpo.intervals import Interval
 from qorpo.out_of_memory import is_out_of_memory
 
 

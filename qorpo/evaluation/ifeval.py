@@ -22,8 +22,8 @@ from qorpo.data.locate import open_sources
 from qorpo.data.records import BadRecord
 from qorpo.errors import DataError
 from qorpo.evaluation.extra import needed
-from qorpo.evaluation.intervals import interval, resampled_means
 from qorpo.evaluation.results import Figure
+from qorpo.intervals import interval, resampled_means
 
 HUB = "google/IFEval:train"
 PROBLEMS_SHOWN = 5

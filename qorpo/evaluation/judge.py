@@ -10,7 +10,7 @@ from typing import Any
 
 from qorpo.console import aligned
 from qorpo.errors import DataError
-from qorpo.evaluation.intervals import Interval, mean_interval
+from qorpo.intervals import Interval, mean_interval
 
 TIES = (0, 1.5)  # as older and newer files write them
 

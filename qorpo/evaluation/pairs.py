@@ -15,8 +15,8 @@ from qorpo.data.groups import Group, TokenizedData
 from qorpo.data.sources import load_pairs
 from qorpo.data.tokenize import ChatFormat, tokenize_pairs
 from qorpo.engine.step import score_groups, summed_logps
-from qorpo.evaluation.intervals import mean_interval
 from qorpo.evaluation.results import Figure
+from qorpo.intervals import mean_interval
 from qorpo.model.scoring import Scorer
 from qorpo.model.selfcheck import make_scorer
 from qorpo.objectives.base import Objective, ObjectiveOutput, Scores, Totals
@@ -68,10 +68,14 @@ class WithLikelihoods:
 
 
 def objective_of(recipe: Recipe | None, groups: Sequence[Group], has_base: bool) -> Objective:
-    """The run's own, where it compares two responses and these pairs have what it needs; else ORPO with its defaults."""
+    """The run's own, where it compares two responses and these pairs have what it needs; else ORPO with its defaults.
+
+    A run that began from an adapter has another reference than the base, which is what there is to compare with here.
+    """
     own = build_objective(recipe.objective) if recipe else Orpo()
     lacks_margins = own.needs_margins and any(group.margin is None for group in groups)
-    if own.responses != 2 or lacks_margins or (own.needs_reference and not has_base):
+    is_start = has_base and recipe is not None and recipe.model.adapter is None
+    if own.responses != 2 or lacks_margins or (own.needs_reference and not is_start):
         return Orpo()
     return WithLikelihoods(own)
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from qorpo.console import aligned, figure
 from qorpo.errors import RunError
-from qorpo.evaluation.intervals import Interval
 from qorpo.failed_write import FailedWrite, failed_write
+from qorpo.intervals import Interval
 from qorpo.storage import unfinished_of, write_json
 
 

@@ -3,6 +3,7 @@
 Δs of a response is the sum of its log-probabilities minus the reference's sum.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -23,7 +24,7 @@ REWARDS = ("rewards/chosen", "rewards/rejected")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReferencePairObjective(PairObjective):
+class ReferencePairObjective(PairObjective, ABC):
     """What objectives of a pair's Δs have in common: the reward of a response is β Δs, as in TRL."""
 
     needs_reference: ClassVar[bool] = True
@@ -32,9 +33,9 @@ class ReferencePairObjective(PairObjective):
 
     beta: float
 
+    @abstractmethod
     def loss(self, chosen_P: torch.Tensor, rejected_P: torch.Tensor, scores: Scores) -> torch.Tensor:
         """(P,) the loss of each pair, of Δs of chosen and of rejected."""
-        raise NotImplementedError  # each objective's own
 
     def __call__(self, scores: Scores, totals: Totals) -> ObjectiveOutput:
         log_ratios_PN = scores.log_ratios

@@ -40,7 +40,7 @@ def as_dict(runs: Sequence[RunFiles]) -> dict[str, Any]:
     return {
         "runs": [
             run_as_dict(run) | {"differences_from_first": {
-                metric: {"mean": found.mean, "95": found[1:]}
+                metric: {"mean": found.value, "95": found.ends}
                 for metric in metrics_of(runs)
                 if (found := difference(first, run, metric)) is not None and run is not first
             }}
@@ -115,9 +115,9 @@ def _cell(runs: Sequence[RunFiles], run: RunFiles, metric: str, row: dict[str, f
     found = difference(runs[0], run, metric)
     if found is None:
         return text
-    sign = "" if found.mean < 0 else "+"
+    sign = "" if found.value < 0 else "+"
     mark = " ●" if found.is_above_zero or found.is_below_zero else ""
-    return f"{text}, Δ {sign}{decimals(found.mean, places)}{bounds(found, places)}{mark}"
+    return f"{text}, Δ {sign}{decimals(found.value, places)}{bounds(found, places)}{mark}"
 
 
 def _spread(runs: Sequence[RunFiles], metric: str) -> float:

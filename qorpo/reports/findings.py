@@ -60,9 +60,9 @@ def name_of(metric: str) -> str:
 
 def bounds(interval: Interval | None, places: int) -> str:
     """Such as " (0.97-1.00)", of negative ones " (-0.31 to -0.27)"; empty for none."""
-    if interval is None:
+    if interval is None or interval.ends is None:
         return ""
-    low, high = decimals(interval.low, places), decimals(interval.high, places)
+    low, high = (decimals(end, places) for end in interval.ends)
     return f" ({low}{' to ' if low.startswith('-') or high.startswith('-') else '-'}{high})"
 
 

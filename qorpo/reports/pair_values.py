@@ -9,40 +9,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from qorpo.data.groups import Group
+from qorpo.intervals import Interval, interval, resampled_means
 from qorpo.storage import write_text
 
 logger = logging.getLogger(__name__)
 
 HELD_OUT = "held_out"  # in a run's folder, a file an evaluation
-RESAMPLES = 2000
-MOST_DRAWN = 4_000_000  # entries at a time: 32 MB
+RESAMPLES = 2000  # a page has dozens of intervals
 MOST_PROMPTS = 5_000  # beyond it the mean is as good as normal, and resampling is slow
 Z = 1.96
 
 
 def held_out_file(run: Path, step: int) -> Path:
     return run / HELD_OUT / f"step-{step}.json"
-
-
-class Interval(NamedTuple):
-    """A mean over groups with its 95% interval."""
-
-    mean: float
-    low: float
-    high: float
-
-    @property
-    def is_above_zero(self) -> bool:
-        return self.low > 0
-
-    @property
-    def is_below_zero(self) -> bool:
-        return self.high < 0
 
 
 @dataclass(frozen=True)
@@ -112,7 +95,7 @@ class PairValues:
     @cached_property
     def _counts(self) -> np.ndarray:
         """(prompts,) groups of each prompt."""
-        return np.bincount(self._numbers)
+        return np.bincount(self._numbers).astype(np.float64)
 
     @cached_property
     def _numbers(self) -> np.ndarray:
@@ -125,17 +108,12 @@ class PairValues:
         A bootstrap, always drawn by the same seed; of very many prompts the normal interval.
         """
         mean = float(values_P.mean())
-        sums, counts = np.bincount(self._numbers, weights=values_P), self._counts
+        sums, counts = np.bincount(self._numbers, weights=values_P).astype(np.float64), self._counts
         if len(sums) > MOST_PROMPTS:
             half = Z * float(np.sqrt(((sums - counts * mean) ** 2).sum())) / len(values_P)
             return Interval(mean, mean - half, mean + half)
-        generator, means = np.random.default_rng(0), []
-        size = max(1, MOST_DRAWN // len(sums))
-        for first in range(0, RESAMPLES, size):
-            drawn = generator.integers(len(sums), size=(min(size, RESAMPLES - first), len(sums)))
-            means.append(sums[drawn].sum(1) / counts[drawn].sum(1))
-        low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
-        return Interval(mean, float(low), float(high))
+        samples = resampled_means(sums[:, None], counts[:, None], resamples=RESAMPLES)
+        return interval(mean, samples[:, 0])
 
     def of_metric(self, name: str) -> Interval | None:
         """A metric's mean; None where it is not there or no number."""

@@ -73,8 +73,8 @@ def as_dict(run: RunFiles) -> dict[str, Any]:
             change.metric: {
                 "before": _or_none(change.before),
                 "after": _or_none(change.after),
-                "after_95": change.after_interval and change.after_interval[1:],
-                "difference_95": change.difference and change.difference[1:],
+                "after_95": change.after_interval and change.after_interval.ends,
+                "difference_95": change.difference and change.difference.ends,
             }
             for change in changes(run)
         },

@@ -91,7 +91,8 @@ def _scored(
 ) -> dict[str, torch.Tensor]:
     """(P, N) float64 of each part."""
     total, done = sum(len(part.groups) for part in parts.values()), 0
-    logger.info("reference: scoring %d rows by the model as it starts", total)
+    counts = ", ".join(f"{name} {len(part.groups):,}" for name, part in parts.items())
+    logger.info("reference: scoring by the model as it starts: %s", counts)
     found = {}
     for name, part in parts.items():
         logps_PN = torch.zeros(

@@ -14,6 +14,7 @@ import torch
 from qorpo.engine.distributed import this_process
 from qorpo.errors import RecipeError, RunError
 from qorpo.recipe import Recipe, load_recipe
+from qorpo.reports.run_files import read_run
 from qorpo.reports.write import write_report
 from qorpo.storage import Lock, make_folder, read_note, write_json
 from qorpo.training.progress import Progress
@@ -193,8 +194,6 @@ def _judged_by(recipe: Recipe, tried: dict[str, list[str]]) -> tuple[str, bool]:
 
 
 def _curve(run: Path, metric: str) -> dict[int, float]:
-    from qorpo.reports.run_files import read_run
-
     found = read_run(run).evaluations
     return {step: row[metric] for step, row in found.items() if metric in row}
 

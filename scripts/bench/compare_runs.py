@@ -17,7 +17,7 @@ from peft import PeftModel
 from qorpo.build import build_objective, chat_format_of, load_data
 from qorpo.data.groups import Group
 from qorpo.engine.step import score_groups
-from qorpo.evaluation.intervals import mean_interval
+from qorpo.intervals import mean_interval
 from qorpo.model.load import load_model
 from qorpo.model.scoring import Scorer
 from qorpo.model.selfcheck import make_scorer

@@ -235,7 +235,7 @@ def test_an_interval_keeps_prompts_together_and_is_the_same_each_time():
     values = pair_values(400, accuracy=0.7)
     found = values.of_metric("rewards/accuracies")
     assert found == values.of_metric("rewards/accuracies")
-    assert found.mean == pytest.approx(0.7)
+    assert found.value == pytest.approx(0.7)
     apart = type(values)(values.sources, list(range(400)), values.lengths, values.metrics)
     # The two pairs of a prompt are both right or both wrong here: they count as one.
     width, width_apart = (each.high - each.low for each in (found, apart.of_metric("rewards/accuracies")))
@@ -246,11 +246,11 @@ def test_an_interval_keeps_prompts_together_and_is_the_same_each_time():
 def test_many_prompts_have_the_normal_interval_which_is_the_same():
     values = pair_values(4_000)
     many = pair_values(40_000)
-    (_, low, high), (_, low_many, high_many) = values.of_metric("loss"), many.of_metric("loss")
+    (low, high), (low_many, high_many) = values.of_metric("loss").ends, many.of_metric("loss").ends
     assert high_many - low_many == pytest.approx((high - low) / np.sqrt(10), rel=0.1)
 
 
 def test_all_right_is_not_surely_right():
-    mean, low, high = pair_values(100, accuracy=1.0).of_metric("rewards/accuracies")
-    assert (mean, high) == (1.0, 1.0)
-    assert 0.9 < low < 0.95  # 50 prompts
+    found = pair_values(100, accuracy=1.0).of_metric("rewards/accuracies")
+    assert (found.value, found.high) == (1.0, 1.0)
+    assert 0.9 < found.low < 0.95  # 50 prompts
