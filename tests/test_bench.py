@@ -91,6 +91,18 @@ def talks(tmp_path) -> Path:
     return path
 
 
+def test_sft_computes_fewer_tokens_and_ends_where_orpo_without_its_own_term_does():
+    (line,) = run(
+        "sft.py", "--steps", 4, "--pairs-per-step", 4, "--rounds", 1, "--max-length", 128, "--threads", 1
+    )
+    check_line(line, "sft")
+    figures = line["figures"]
+    assert figures["pairs"]["sft"] == figures["pairs"]["orpo"]
+    assert figures["tokens"]["sft"] < figures["tokens"]["orpo"]
+    assert figures["train_nll"]["sft"] == pytest.approx(figures["train_nll"]["orpo"], abs=1e-4)
+    assert figures["sft_change"]["chosen_logps"]["mean"] > 0
+
+
 def test_head_agrees_with_its_peers_and_writes_what_it_prints(tmp_path):
     output = tmp_path / "results.jsonl"
     sides = ["plain", "qorpo", "products"]

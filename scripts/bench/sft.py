@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from _record import add_output_option, count, emit
 from _training import Clock
-from compare_runs import by_prompt, interval, score
+from compare_runs import difference, score
 
 from qorpo import Trainer
 from qorpo.build import chat_format_of, load_data
@@ -49,7 +49,7 @@ def main() -> None:
     speeds = {name: [each[name]["pairs_per_second"] for each in rounds] for name in OBJECTIVES}
     ratios = [a / b for a, b in zip(speeds["sft"], speeds["orpo"], strict=True)]
     pairs, before, after = sft["eval_pairs"], sft["before"], sft["after"]
-    prompts = by_prompt(pairs)
+    prompts = [pair.prompt_ids for pair in pairs]
     figures = {
         "pairs": {name: each["train_pairs"] for name, each in rounds[0].items()},
         "tokens": {name: each["tokens"] for name, each in rounds[0].items()},
@@ -61,7 +61,7 @@ def main() -> None:
         "eval_nll": {name: float(each["after"]["nll"].mean()) for name, each in rounds[0].items()},
         "sft_start": {name: float(before[name].mean()) for name in ("chosen_logps", "rejected_logps")},
         "sft_change": {
-            name: interval(after[name] - before[name], prompts)
+            name: difference(after[name], before[name], prompts)
             for name in ("chosen_logps", "rejected_logps", "log_odds_ratio")
         },
     }
@@ -69,7 +69,11 @@ def main() -> None:
         name: getattr(options, name)
         for name in ("steps", "pairs_per_step", "learning_rate", "max_length", "quantization", "rounds")
     }
-    settings |= {"base": Path(options.base).name, "train": Path(options.train).name, "prompts": len(prompts)}
+    settings |= {
+        "base": Path(options.base).name,
+        "train": Path(options.train).name,
+        "prompts": len(set(prompts)),
+    }
     emit("sft", settings, figures, "cpu", options.output)
 
 
